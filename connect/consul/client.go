@@ -1,0 +1,219 @@
+// Package consul turns what the local Consul agent says into a connect.Snapshot.
+// It is the only user of hashicorp/consul/api and the only place that changes
+// when another source of the mesh (ConnectCA, xDS) is added.
+//
+// Invariants: nothing is published before registration, roots, leaf, intentions
+// and default policy have arrived once; an upstream that is slow or broken is
+// published without endpoints and holds up nobody; an error never removes what
+// was known; one goroutine owns the state, every watch sends it functions.
+//
+// It may import connect, certs and intentions; only cmd uses it.
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// Config says how to reach the agent. Empty fields fall back to Consul's own
+// environment variables (CONSUL_HTTP_ADDR and so on), then to its defaults.
+type Config struct {
+	Addr                                                 string // host:port, http://, https:// or unix://
+	Token, TokenFile                                     string
+	CAFile, CAPath, ClientCert, ClientKey, TLSServerName string
+	Namespace, Partition                                 string
+}
+
+// Client talks to one agent.
+type Client struct {
+	api  *api.Client
+	addr string
+}
+
+// NewClient checks the configuration without connecting. Errors name the flag.
+func NewClient(c Config) (*Client, error) {
+	conf := api.DefaultConfig()
+	if c.Addr != "" {
+		conf.Address = c.Addr
+	}
+	if err := checkAddr(conf.Address); err != nil {
+		return nil, err
+	}
+	if c.Token != "" {
+		conf.Token = c.Token
+		conf.TokenFile = ""
+	}
+	if c.TokenFile != "" {
+		conf.TokenFile = c.TokenFile
+	}
+	if conf.TokenFile != "" {
+		if _, err := os.ReadFile(conf.TokenFile); err != nil {
+			return nil, fmt.Errorf("-token-file %q (or CONSUL_HTTP_TOKEN_FILE): %w", conf.TokenFile, errors.Unwrap(err))
+		}
+	}
+	for _, f := range []struct {
+		flag, given string
+		to          *string
+	}{
+		{"-ca-file", c.CAFile, &conf.TLSConfig.CAFile},
+		{"-ca-path", c.CAPath, &conf.TLSConfig.CAPath},
+		{"-client-cert", c.ClientCert, &conf.TLSConfig.CertFile},
+		{"-client-key", c.ClientKey, &conf.TLSConfig.KeyFile},
+	} {
+		if f.given != "" {
+			*f.to = f.given
+		}
+		if *f.to != "" {
+			if _, err := os.Stat(*f.to); err != nil {
+				return nil, fmt.Errorf("%s %q: %w", f.flag, *f.to, errors.Unwrap(err))
+			}
+		}
+	}
+	if (conf.TLSConfig.CertFile == "") != (conf.TLSConfig.KeyFile == "") {
+		return nil, errors.New("-client-cert and -client-key: give both or none")
+	}
+	if c.TLSServerName != "" {
+		conf.TLSConfig.Address = c.TLSServerName
+	}
+	if c.Namespace != "" {
+		conf.Namespace = c.Namespace
+	}
+	if c.Partition != "" {
+		conf.Partition = c.Partition
+	}
+	// One idle connection per watch, or each poll would dial anew.
+	conf.Transport.MaxIdleConnsPerHost = 64
+	client, err := api.NewClient(conf)
+	if err != nil {
+		return nil, fmt.Errorf("Consul client: %w", err)
+	}
+	return &Client{api: client, addr: conf.Address}, nil
+}
+
+// checkAddr refuses what the library would only refuse at the first request.
+func checkAddr(addr string) error {
+	bad := func(why string) error {
+		return fmt.Errorf("-http-addr %q (or CONSUL_HTTP_ADDR): %s; give host:port, http://host:port, https://host:port or unix:///path", addr, why)
+	}
+	scheme, rest, found := strings.Cut(addr, "://")
+	if !found {
+		scheme, rest = "http", addr
+	}
+	switch scheme {
+	case "unix":
+		if rest == "" {
+			return bad("no path")
+		}
+		return nil
+	case "http", "https":
+		u, err := url.Parse(scheme + "://" + rest)
+		if err != nil || u.Host == "" {
+			return bad("no host")
+		}
+		if p := u.Port(); p != "" {
+			if _, err := net.LookupPort("tcp", p); err != nil {
+				return bad("bad port")
+			}
+		}
+		return nil
+	}
+	return bad("unknown scheme")
+}
+
+// Addr is where the agent is, for messages.
+func (c *Client) Addr() string { return c.addr }
+
+// Which names the proxy to run: exactly one field is set.
+type Which struct{ ProxyID, SidecarFor, SidecarForTag string }
+
+// ErrNotRegistered: the agent answers, but has no such proxy yet.
+var ErrNotRegistered = errors.New("not registered yet")
+
+// Lookup finds the ID of the proxy to run, by Consul's own rules and with its
+// own messages (command/connect/proxy, LookupProxyIDForSidecar). Errors that
+// waiting may cure wrap ErrNotRegistered.
+func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
+	q := (&api.QueryOptions{}).WithContext(ctx)
+	switch {
+	case w.ProxyID != "":
+		s, _, err := c.api.Agent().Service(w.ProxyID, q)
+		if isStatus(err, 404) {
+			return "", fmt.Errorf("No proxy with ID %s registered: %w", w.ProxyID, ErrNotRegistered)
+		}
+		if err != nil {
+			return "", fmt.Errorf("Failed looking up proxy info for %s: %w", w.ProxyID, err)
+		}
+		if s.Kind != api.ServiceKindConnectProxy {
+			return "", fmt.Errorf("service %q is not a Connect proxy: its kind is %q", w.ProxyID, s.Kind)
+		}
+		return w.ProxyID, nil
+	case w.SidecarForTag != "":
+		all, err := c.api.Agent().ServicesWithFilterOpts("", q)
+		if err != nil {
+			return "", fmt.Errorf("Failed looking up sidecar proxy info for tag %s: %w", w.SidecarForTag, err)
+		}
+		var ids []string
+		for id, s := range all {
+			if s.Kind == "" && slices.Contains(s.Tags, w.SidecarForTag) {
+				ids = append(ids, id)
+			}
+		}
+		slices.Sort(ids)
+		switch len(ids) {
+		case 0:
+			return "", fmt.Errorf("No service with tag %s registered: %w", w.SidecarForTag, ErrNotRegistered)
+		case 1:
+			return c.Lookup(ctx, Which{SidecarFor: ids[0]})
+		}
+		return "", fmt.Errorf("More than one service with tag %s registered: start the proxy with -sidecar-for and one of these IDs: %s", w.SidecarForTag, strings.Join(ids, ", "))
+	case w.SidecarFor != "":
+		all, err := c.api.Agent().ServicesWithFilterOpts(`Kind == "connect-proxy"`, q)
+		if err != nil {
+			return "", fmt.Errorf("Failed looking up sidecar proxy info for %s: %w", w.SidecarFor, err)
+		}
+		var ids []string
+		for id, s := range all {
+			if s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && strings.EqualFold(s.Proxy.DestinationServiceID, w.SidecarFor) {
+				ids = append(ids, id)
+			}
+		}
+		slices.Sort(ids)
+		switch len(ids) {
+		case 0:
+			return "", fmt.Errorf("No sidecar proxy registered for %s: %w", w.SidecarFor, ErrNotRegistered)
+		case 1:
+			return ids[0], nil
+		}
+		return "", fmt.Errorf("More than one sidecar proxy registered for %s.\n    Start proxy with -proxy-id and one of the following IDs: %s", w.SidecarFor, strings.Join(ids, ", "))
+	}
+	return "", errors.New("No proxy ID specified. One of -proxy-id, -sidecar-for or -sidecar-for-tag is required")
+}
+
+// Unreachable reports whether an error means that no agent answered at all.
+func Unreachable(err error) bool {
+	var op *net.OpError
+	var u *url.Error
+	return errors.As(err, &op) || errors.As(err, &u)
+}
+
+func isStatus(err error, code int) bool {
+	var s api.StatusError
+	return errors.As(err, &s) && s.Code == code
+}
+
+// Version is the agent's, or "" when the token may not read it.
+func (c *Client) Version(ctx context.Context) string {
+	var self struct{ Config struct{ Version string } }
+	if _, err := c.api.Raw().Query("/v1/agent/self", &self, (&api.QueryOptions{}).WithContext(ctx)); err != nil {
+		return ""
+	}
+	return self.Config.Version
+}

@@ -1,0 +1,525 @@
+package consul
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// Defaults of Consul and Envoy for a sidecar (reference: Consul's docs,
+// "Envoy proxy configuration"), and where they name none, ours.
+const (
+	defaultConnect     = 5 * time.Second
+	defaultRequest     = 15 * time.Second
+	defaultStream      = time.Hour // gRPC: a stream may be silent for long
+	defaultHTTPIdle    = 5 * time.Minute
+	defaultTCPIdle     = time.Hour
+	defaultUpstreamReq = time.Minute
+	defaultPoll        = 30 * time.Second
+	maxDuration        = 24 * 24 * time.Hour // HAProxy's timers hold 2^31 ms
+)
+
+// keys reads an opaque, weakly typed configuration map: a value that cannot be
+// used keeps the default and becomes a notice, a key nobody asked for too.
+type keys struct {
+	where   string
+	m       map[string]any
+	asked   map[string]bool
+	notices *connect.Notices
+}
+
+func newKeys(where string, m map[string]any, n *connect.Notices) *keys {
+	return &keys{where: where, m: m, asked: map[string]bool{}, notices: n}
+}
+
+// get finds a key in the spellings Consul uses: snake_case from users, CamelCase
+// where Consul merged a config entry.
+func (k *keys) get(names ...string) (string, any, bool) {
+	for _, n := range names {
+		k.asked[n] = true
+	}
+	for _, n := range names {
+		if v, ok := k.m[n]; ok && v != nil {
+			return n, v, true
+		}
+	}
+	return "", nil, false
+}
+
+func (k *keys) bad(name string, v any, want string) {
+	k.notices.Add(k.where, name, fmt.Sprint(v), "want "+want+"; the default is used")
+}
+
+func number(v any) (float64, bool) {
+	switch t := v.(type) {
+	case float64:
+		return t, true
+	case int:
+		return float64(t), true
+	case bool:
+		return 0, false
+	case string:
+		f, err := strconv.ParseFloat(strings.TrimSpace(t), 64)
+		return f, err == nil
+	}
+	return 0, false
+}
+
+func (k *keys) int(def, lo, hi int, names ...string) int {
+	name, v, ok := k.get(names...)
+	if !ok {
+		return def
+	}
+	f, ok := number(v)
+	if !ok || f != float64(int64(f)) || f < float64(lo) || f > float64(hi) {
+		k.bad(name, v, fmt.Sprintf("a whole number from %d to %d", lo, hi))
+		return def
+	}
+	return int(f)
+}
+
+// limit is an int that may be absent.
+func (k *keys) limit(names ...string) *int {
+	if _, _, ok := k.get(names...); !ok {
+		return nil
+	}
+	n := k.int(-1, 0, 1<<30, names...)
+	if n < 0 {
+		return nil
+	}
+	return &n
+}
+
+func (k *keys) ms(def time.Duration, name string) time.Duration {
+	n := k.int(-1, 0, int(maxDuration/time.Millisecond), name)
+	if n < 0 {
+		return def
+	}
+	return time.Duration(n) * time.Millisecond
+}
+
+// duration takes "30s", or a number of nanoseconds as Consul merges them.
+func (k *keys) duration(def time.Duration, names ...string) time.Duration {
+	name, v, ok := k.get(names...)
+	if !ok {
+		return def
+	}
+	var d time.Duration
+	if s, isText := v.(string); isText {
+		parsed, err := time.ParseDuration(s)
+		if err != nil {
+			k.bad(name, v, `a duration such as "30s"`)
+			return def
+		}
+		d = parsed
+	} else if f, isNumber := number(v); isNumber {
+		d = time.Duration(f)
+	} else {
+		k.bad(name, v, `a duration such as "30s"`)
+		return def
+	}
+	if d <= 0 || d > maxDuration {
+		k.bad(name, v, "a duration above 0 and up to 576h")
+		return def
+	}
+	return d
+}
+
+func (k *keys) bool(def bool, name string) bool {
+	_, v, ok := k.get(name)
+	if !ok {
+		return def
+	}
+	switch t := v.(type) {
+	case bool:
+		return t
+	case string:
+		if b, err := strconv.ParseBool(t); err == nil {
+			return b
+		}
+	case float64:
+		if t == 0 || t == 1 {
+			return t == 1
+		}
+	}
+	k.bad(name, v, "true or false")
+	return def
+}
+
+func (k *keys) string(name string) string {
+	_, v, ok := k.get(name)
+	if !ok {
+		return ""
+	}
+	switch v.(type) {
+	case string, float64, bool:
+		return fmt.Sprint(v)
+	}
+	k.bad(name, v, "a string")
+	return ""
+}
+
+func (k *keys) protocol(def connect.Protocol) connect.Protocol {
+	s := k.string("protocol")
+	if s == "" {
+		return def
+	}
+	p, ok := connect.ParseProtocol(s)
+	if !ok {
+		k.bad("protocol", s, "tcp, http, http2 or grpc")
+	}
+	return p
+}
+
+func (k *keys) balance(name string) bool {
+	switch s := k.string(name); s {
+	case "", "none":
+		return false
+	case "exact_balance":
+		return true
+	default:
+		k.bad(name, s, "exact_balance")
+		return false
+	}
+}
+
+// sub opens a nested map.
+func (k *keys) sub(name string) *keys {
+	_, v, ok := k.get(name)
+	if !ok {
+		return nil
+	}
+	m, isMap := v.(map[string]any)
+	if !isMap {
+		k.bad(name, v, "a map")
+		return nil
+	}
+	return newKeys(k.where, m, k.notices)
+}
+
+// envoyOnly are keys that speak Envoy's own language (Consul docs).
+var envoyOnly = map[string]string{
+	"envoy_public_listener_json": "", "envoy_listener_tracing_json": "", "envoy_local_cluster_json": "", "envoy_listener_json": "",
+	"envoy_cluster_json": "", "envoy_bootstrap_json_tpl": "", "envoy_extra_static_clusters_json": "",
+	"envoy_extra_static_listeners_json": "", "envoy_extra_stats_sinks_json": "", "envoy_stats_config_json": "",
+	"envoy_tracing_json": "", "xds_fetch_timeout_ms": "", "envoy_telemetry_collector_bind_socket_dir": "",
+	"envoy_prometheus_bind_addr": "metrics are on -admin-addr under /metrics", "envoy_stats_bind_addr": "statistics are on -admin-addr under /stats",
+	"envoy_statsd_url": "metrics are pulled from -admin-addr under /metrics", "envoy_dogstatsd_url": "metrics are pulled from -admin-addr under /metrics",
+	"envoy_stats_tags": "metrics are pulled from -admin-addr under /metrics", "envoy_stats_flush_interval": "metrics are pulled, not pushed",
+	"syslog_server": "logs go to standard output", "handshake_timeout_ms": "the built-in proxy's key; use connect_timeout_ms of the caller",
+}
+
+// rest reports every key that nobody asked for.
+func (k *keys) rest() {
+	for name, v := range k.m {
+		if k.asked[name] {
+			continue
+		}
+		why, known := envoyOnly[name]
+		switch {
+		case known && why == "":
+			why = "it is Envoy's own and has no meaning for HAProxy"
+		case !known:
+			why = "no such key is known"
+		}
+		text := fmt.Sprint(v)
+		if known {
+			text = "" // may be long
+		}
+		k.notices.Add(k.where, name, text, why)
+	}
+}
+
+func port(n int) bool { return n > 0 && n < 65536 }
+
+// address keeps an IP address that may be listened on.
+func address(where, key, v, def string, n *connect.Notices) string {
+	if v == "" {
+		return def
+	}
+	if v == "localhost" {
+		return "127.0.0.1"
+	}
+	ip, err := netip.ParseAddr(v)
+	if err != nil || ip.Zone() != "" {
+		n.Add(where, key, v, "want an IP address; "+def+" is used")
+		return def
+	}
+	return ip.String()
+}
+
+// socket keeps an absolute path that a configuration can hold.
+func socket(where, key, v string, n *connect.Notices) string {
+	if v == "" {
+		return ""
+	}
+	// 108 bytes is the kernel's limit; HAProxy adds a suffix while it binds.
+	if v[0] != '/' || len(v) > 90 || strings.ContainsFunc(v, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune("\"'\\#,$@%", r)
+	}) {
+		n.Add(where, key, v, "want an absolute path of at most 90 plain characters")
+		return ""
+	}
+	return v
+}
+
+// inbound reads the public side of a registration.
+func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
+	const where = "proxy"
+	p := s.Proxy
+	k := newKeys(where, p.Config, n)
+	in := connect.Inbound{Protocol: k.protocol(connect.TCP)}
+	switch mode := k.string("local_service_mode"); mode { // the 2018 demo's key
+	case "":
+	case "http":
+		in.Protocol = connect.HTTP
+	case "tcp":
+		in.Protocol = connect.TCP
+	default:
+		k.bad("local_service_mode", mode, "http or tcp")
+	}
+	def := "0.0.0.0"
+	if ip, err := netip.ParseAddr(s.Address); err == nil {
+		def = ip.String()
+	}
+	in.Address = address(where, "bind_address", k.string("bind_address"), def, n)
+	in.Port = k.int(s.Port, 1, 65535, "bind_port")
+	// A client-only service registers no port of its own; then nothing listens.
+	in.Local = connect.Local{
+		Address: address(where, "local_service_address", p.LocalServiceAddress, "127.0.0.1", n),
+		Port:    p.LocalServicePort,
+	}
+	if v := k.string("local_service_address"); v != "" && p.LocalServiceAddress == "" { // the old program's key
+		in.Local.Address = address(where, "local_service_address", v, "127.0.0.1", n)
+	}
+	if lp := k.int(0, 1, 65535, "local_service_port"); lp != 0 && in.Local.Port == 0 {
+		in.Local.Port = lp
+	}
+	in.Local.SocketPath = socket(where, "local_service_socket_path", p.LocalServiceSocketPath, n)
+	if in.Local.SocketPath == "" && !port(in.Local.Port) {
+		in.Port = 0
+	}
+
+	in.LocalConnectTimeout = nonZero(k.ms(defaultConnect, "local_connect_timeout_ms"), defaultConnect)
+	if _, _, ok := k.get("connect_timeout"); ok { // the old program's key
+		in.LocalConnectTimeout = k.duration(in.LocalConnectTimeout, "connect_timeout")
+	}
+	request := defaultRequest
+	switch {
+	case in.Protocol == connect.GRPC:
+		request = defaultStream
+	case !in.Protocol.IsHTTP():
+		request = -1
+	}
+	in.LocalRequestTimeout = request
+	if _, _, ok := k.get("local_request_timeout_ms"); ok {
+		if in.LocalRequestTimeout = k.ms(request, "local_request_timeout_ms"); in.LocalRequestTimeout == 0 {
+			in.LocalRequestTimeout = -1
+		}
+	} else if _, _, ok := k.get("read_timeout"); ok {
+		in.LocalRequestTimeout = k.duration(request, "read_timeout")
+	}
+	idle := defaultTCPIdle
+	if in.Protocol.IsHTTP() {
+		idle = defaultHTTPIdle
+	}
+	in.LocalIdleTimeout = nonZero(k.ms(idle, "local_idle_timeout_ms"), maxDuration)
+	in.MaxConnections = k.int(0, 0, 1<<30, "max_inbound_connections")
+	in.BalanceExact = k.balance("balance_inbound_connections")
+	in.ForwardFor = k.bool(false, "enable_forwardfor")
+	if h := k.string("appname_header"); h != "" {
+		if headerName(h) {
+			in.CallerHeader = h
+		} else {
+			k.bad("appname_header", h, "a header's name")
+		}
+	}
+	in.UnsecuredPort = k.int(0, 1, 65535, "unsecured_bind_port")
+	k.rest()
+
+	for _, e := range p.Expose.Paths {
+		x := connect.ExposePath{Path: e.Path, LocalPort: e.LocalPathPort, ListenPort: e.ListenerPort, Protocol: connect.HTTP}
+		if proto, ok := connect.ParseProtocol(e.Protocol); ok && proto == connect.HTTP2 {
+			x.Protocol = connect.HTTP2
+		} else if e.Protocol != "" && proto != connect.HTTP {
+			n.Add(where, "expose.paths.protocol", e.Protocol, "want http or http2; http is used")
+		}
+		if !port(x.LocalPort) || !port(x.ListenPort) || !strings.HasPrefix(x.Path, "/") {
+			n.Add(where, "expose.paths", fmt.Sprintf("%s %d %d", e.Path, e.ListenerPort, e.LocalPathPort), "want a path from / on and two ports")
+			continue
+		}
+		in.Expose = append(in.Expose, x)
+	}
+	slices.SortFunc(in.Expose, func(a, b connect.ExposePath) int {
+		if a.ListenPort != b.ListenPort {
+			return a.ListenPort - b.ListenPort
+		}
+		return strings.Compare(a.Path, b.Path)
+	})
+	if p.Expose.Checks {
+		n.Add(where, "expose.checks", "true", "Consul's HTTP API does not tell the path of a check; use expose.paths")
+	}
+	if p.Mode == api.ProxyModeTransparent {
+		n.Add(where, "mode", string(p.Mode), "transparent proxying is not supported; declare each upstream with a port")
+	}
+	if p.AccessLogs != nil && p.AccessLogs.Enabled {
+		n.Add(where, "access_logs", "", "the access log is set by -access-log")
+	}
+	for _, e := range p.EnvoyExtensions {
+		n.Add(where, "envoy_extensions", e.Name, "it is Envoy's own and has no meaning for HAProxy")
+	}
+	return in
+}
+
+func nonZero(d, def time.Duration) time.Duration {
+	if d <= 0 {
+		return def
+	}
+	return d
+}
+
+func headerName(s string) bool {
+	return s != "" && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-')
+	})
+}
+
+// declared is one upstream of the registration, decoded.
+type declared struct {
+	key      string // of the watch: destination, not settings
+	query    bool
+	service  string
+	dc       string
+	where    string
+	up       connect.Upstream
+	protocol *connect.Protocol // nil: the chain's
+	connect  bool              // connect timeout was set
+	idle     bool
+	poll     time.Duration
+}
+
+// upstreams decodes every listener of a registration. A broken one is left out
+// with a notice; the others stay.
+func upstreams(s *api.AgentService, n *connect.Notices) []declared {
+	var out []declared
+	used := map[string]int{}
+	for _, u := range s.Proxy.Upstreams {
+		if u.DestinationName == "*" || (u.LocalBindPort == 0 && u.LocalBindSocketPath == "") {
+			continue // central defaults, not a listener
+		}
+		d := declared{query: u.DestinationType == api.UpstreamDestTypePreparedQuery, service: u.DestinationName, dc: u.Datacenter}
+		d.where = "upstream " + u.DestinationName
+		if d.service == "" || len(d.service) > 256 || strings.ContainsFunc(d.service, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' || r == '?' || r == '#' || r == '%' }) || strings.Contains(d.service, "..") {
+			n.Add(d.where, "destination_name", u.DestinationName, "not a service's name; the upstream is left out")
+			continue
+		}
+		if u.DestinationPeer != "" {
+			n.Add(d.where, "destination_peer", u.DestinationPeer, "cluster peering is not supported; the upstream is left out")
+			continue
+		}
+		if d.dc == "" {
+			d.dc = s.Datacenter
+		}
+		if d.dc != s.Datacenter && u.MeshGateway.Mode != "" && u.MeshGateway.Mode != api.MeshGatewayModeDefault && u.MeshGateway.Mode != api.MeshGatewayModeNone {
+			n.Add(d.where, "mesh_gateway.mode", string(u.MeshGateway.Mode), "mesh gateways are not supported; instances are dialled at their WAN address")
+		}
+		if !d.listener(u, n) {
+			continue
+		}
+		d.settings(u, n)
+		base := connect.SafeName(d.service)
+		if d.query {
+			base += ".query"
+		}
+		if d.dc != s.Datacenter {
+			base += "." + connect.SafeName(d.dc)
+		}
+		used[base]++
+		if used[base] > 1 {
+			base += fmt.Sprintf("_%d", used[base])
+		}
+		d.up.Name = base
+		d.up.Target.Name = base + ".default." + connect.SafeName(d.dc)
+		d.key = fmt.Sprintf("%t\x00%s\x00%s", d.query, d.service, d.dc)
+		out = append(out, d)
+	}
+	slices.SortFunc(out, func(a, b declared) int { return strings.Compare(a.up.Name, b.up.Name) })
+	return out
+}
+
+func (d *declared) listener(u api.Upstream, n *connect.Notices) bool {
+	l := &d.up.Listen
+	if u.LocalBindSocketPath != "" {
+		if l.SocketPath = socket(d.where, "local_bind_socket_path", u.LocalBindSocketPath, n); l.SocketPath == "" {
+			return false
+		}
+		l.SocketMode = "600"
+		if m := u.LocalBindSocketMode; m != "" {
+			if v, err := strconv.ParseUint(m, 8, 16); err != nil || v > 0o777 {
+				n.Add(d.where, "local_bind_socket_mode", m, "want an octal mode such as 0660; 0600 is used")
+			} else {
+				l.SocketMode = strconv.FormatUint(v, 8)
+			}
+		}
+		return true
+	}
+	if !port(u.LocalBindPort) {
+		n.Add(d.where, "local_bind_port", strconv.Itoa(u.LocalBindPort), "want a port from 1 to 65535; the upstream is left out")
+		return false
+	}
+	l.Address, l.Port = address(d.where, "local_bind_address", u.LocalBindAddress, "127.0.0.1", n), u.LocalBindPort
+	return true
+}
+
+func (d *declared) settings(u api.Upstream, n *connect.Notices) {
+	k := newKeys(d.where, u.Config, n)
+	if _, _, ok := k.get("protocol"); ok {
+		p := k.protocol(connect.TCP)
+		d.protocol = &p
+	}
+	d.up.ConnectTimeout = defaultConnect
+	if _, _, ok := k.get("connect_timeout_ms"); ok {
+		d.connect = true
+		d.up.ConnectTimeout = nonZero(k.ms(defaultConnect, "connect_timeout_ms"), defaultConnect)
+	} else if _, _, ok := k.get("connect_timeout"); ok {
+		d.connect = true
+		d.up.ConnectTimeout = k.duration(defaultConnect, "connect_timeout")
+	}
+	if _, _, ok := k.get("read_timeout"); ok {
+		d.idle = true
+		d.up.IdleTimeout = k.duration(defaultUpstreamReq, "read_timeout")
+	}
+	d.poll = max(k.duration(defaultPoll, "poll_interval"), time.Second)
+	if l := k.sub("limits"); l != nil {
+		d.up.Limits = connect.Limits{
+			MaxConnections:        l.limit("max_connections", "MaxConnections"),
+			MaxPendingRequests:    l.limit("max_pending_requests", "MaxPendingRequests"),
+			MaxConcurrentRequests: l.limit("max_concurrent_requests", "MaxConcurrentRequests"),
+		}
+		l.rest()
+	}
+	if h := k.sub("passive_health_check"); h != nil {
+		d.up.Passive = &connect.PassiveHealth{
+			Interval:     h.duration(10*time.Second, "interval", "Interval"),
+			MaxFailures:  h.int(5, 1, 1<<20, "max_failures", "MaxFailures"),
+			BaseEjection: h.duration(30*time.Second, "base_ejection_time", "BaseEjectionTime"),
+		}
+		if pct := h.limit("enforcing_consecutive_5xx", "EnforcingConsecutive5xx"); pct != nil && *pct == 0 {
+			d.up.Passive = nil
+		}
+		if _, v, ok := h.get("max_ejection_percent", "MaxEjectionPercent"); ok {
+			n.Add(d.where, "passive_health_check.max_ejection_percent", fmt.Sprint(v), "HAProxy takes out every endpoint that fails")
+		}
+		h.rest()
+	}
+	d.up.BalanceExact = k.balance("balance_outbound_connections")
+	k.get("mesh_gateway") // merged by Consul beside the structured field
+	k.rest()
+}

@@ -1,0 +1,485 @@
+package process
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
+)
+
+// Config of a Process.
+type Config struct {
+	Binary *Binary
+	Dir    string // run directory
+	File   string // the configuration, absolute; also how an orphan is recognised
+	Log    *slog.Logger
+	Line   func(line string) // each line HAProxy logs; nil drops them
+	// Serving is told after each start or restart that a fresh worker serves.
+	Serving func()
+	// Died is told when HAProxy ended without being asked to.
+	Died func(err error)
+}
+
+const (
+	startWait  = 60 * time.Second
+	reloadWait = 60 * time.Second
+	pollEvery  = 4 * time.Millisecond
+	minBackoff = 100 * time.Millisecond
+	maxBackoff = 15 * time.Second
+	stable     = 30 * time.Second // a run of this length forgets earlier crashes
+	maxLogLine = 16 << 10
+)
+
+// Process is one HAProxy in master-worker mode. Make it with New, then Run it;
+// nothing starts before Start is called.
+type Process struct {
+	conf    Config
+	start   chan chan error
+	started atomic.Bool
+	drain   chan time.Duration
+
+	mu     sync.Mutex
+	master int // pid, 0 while there is none
+	alerts ring
+	up     atomic.Bool
+}
+
+// New makes a process that is not running.
+func New(c Config) *Process {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Process{conf: c, start: make(chan chan error), drain: make(chan time.Duration, 1)}
+}
+
+func (p *Process) masterSocket() string { return p.conf.Dir + "/sock/master" }
+
+// Do runs one command on the current worker, by way of the master, which knows
+// which one that is.
+func (p *Process) Do(ctx context.Context, command string, payload []byte) (string, error) {
+	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@1 "+command, payload)
+}
+
+// Up reports whether a worker serves.
+func (p *Process) Up() bool { return p.up.Load() }
+
+// Check asks the binary about a configuration file.
+func (p *Process) Check(ctx context.Context, file string) error {
+	return p.conf.Binary.Check(ctx, file)
+}
+
+// Start starts HAProxy and returns once a worker serves, or with the reason why
+// none does. Run must be running.
+func (p *Process) Start(ctx context.Context) error {
+	reply := make(chan error, 1)
+	select {
+	case p.start <- reply:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-reply:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Drain asks HAProxy to accept nothing new and to end when its sessions have, at
+// the latest after d. Run returns then.
+func (p *Process) Drain(d time.Duration) {
+	select {
+	case p.drain <- d:
+	default:
+	}
+}
+
+// Run keeps HAProxy running from the first Start until Drain is through or ctx
+// ends (then at once). It returns after the last process of its own has gone.
+func (p *Process) Run(ctx context.Context) error {
+	if n := EndOrphans(p.conf.File, p.conf.Log); n > 0 {
+		p.conf.Log.Warn("ended the HAProxy that a killed predecessor left", "processes", n)
+	}
+	var reply chan error
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-p.drain:
+		return nil
+	case reply = <-p.start:
+	}
+	backoff := minBackoff
+	for {
+		began := time.Now()
+		c, err := p.spawn(ctx)
+		if reply != nil {
+			reply <- err
+			reply = nil
+		}
+		if err == nil {
+			p.up.Store(true)
+			if p.conf.Serving != nil {
+				p.conf.Serving()
+			}
+			var asked bool
+			asked, err = p.watch(ctx, c)
+			p.up.Store(false)
+			if asked {
+				return nil
+			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		EndOrphans(p.conf.File, p.conf.Log)
+		if p.conf.Died != nil {
+			p.conf.Died(err)
+		}
+		if time.Since(began) > stable {
+			backoff = minBackoff
+		}
+		p.conf.Log.Error("HAProxy ended; starting it again from the files, which are current", "error", err, "in", backoff)
+		t := time.NewTimer(backoff + rand.N(backoff/4))
+		backoff = min(2*backoff, maxBackoff)
+		select {
+		case <-t.C:
+		case reply = <-p.start: // somebody has a better configuration: at once
+			t.Stop()
+		case <-p.drain:
+			t.Stop()
+			return nil
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		}
+	}
+}
+
+type child struct {
+	cmd  *exec.Cmd
+	done chan error
+	out  *os.File
+	err  *os.File
+}
+
+// spawn starts a master and waits until its worker answers.
+func (p *Process) spawn(ctx context.Context) (*child, error) {
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		outR.Close()
+		outW.Close()
+		return nil, err
+	}
+	p.alerts.reset()
+	cmd := exec.Command(p.conf.Binary.Path, "-W", "-S", p.masterSocket()+",mode,600", "-f", p.conf.File)
+	cmd.Stdout, cmd.Stderr = outW, errW
+	cmd.Dir = p.conf.Dir
+	// Its own group: a terminal's Ctrl-C is ours to translate.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	err = cmd.Start()
+	outW.Close()
+	errW.Close()
+	if err != nil {
+		outR.Close()
+		errR.Close()
+		return nil, fmt.Errorf("cannot start %s: %w", p.conf.Binary.Path, err)
+	}
+	c := &child{cmd: cmd, done: make(chan error, 1), out: outR, err: errR}
+	go p.read(outR, p.line)
+	go p.read(errR, p.alert)
+	go func() {
+		c.done <- cmd.Wait()
+		close(c.done)
+	}()
+	p.setMaster(cmd.Process.Pid)
+	if err := p.await(ctx, c.done, 0, startWait); err != nil {
+		p.end(c, syscall.SIGTERM, 2*time.Second)
+		return nil, fmt.Errorf("HAProxy does not start: %w", err)
+	}
+	return c, nil
+}
+
+func (p *Process) setMaster(pid int) {
+	p.mu.Lock()
+	p.master = pid
+	p.mu.Unlock()
+}
+
+// await polls until a worker other than old answers.
+func (p *Process) await(ctx context.Context, died <-chan error, old int, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	t := time.NewTicker(pollEvery)
+	defer t.Stop()
+	for {
+		if pid, err := p.worker(ctx); err == nil && pid != 0 && pid != old {
+			return nil
+		}
+		select {
+		case err := <-died:
+			return exited(err, p.alerts.text())
+		case <-ctx.Done():
+			return fmt.Errorf("no worker answers within %s: %s", limit, p.alerts.text())
+		case <-t.C:
+		}
+	}
+}
+
+// worker is the pid of the worker that serves.
+func (p *Process) worker(ctx context.Context) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	out, err := p.Do(ctx, "show info", nil)
+	if err != nil {
+		return 0, err
+	}
+	pid := 0
+	for line := range strings.Lines(out) {
+		if rest, ok := strings.CutPrefix(line, "Pid: "); ok {
+			fmt.Sscan(rest, &pid)
+		}
+	}
+	return pid, nil
+}
+
+// Reload lets a new worker take over with the configuration on disk; the old one
+// ends when its sessions have. On an error the old worker still serves.
+func (p *Process) Reload(ctx context.Context) error {
+	if !p.up.Load() {
+		return errors.New("HAProxy is not running")
+	}
+	old, err := p.worker(ctx)
+	if err != nil {
+		return fmt.Errorf("reload: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, reloadWait)
+	defer cancel()
+	out, err := runtimeapi.Socket(p.masterSocket()).Do(ctx, "reload", nil)
+	if p.conf.Binary.Version.Features().SyncReload {
+		if err != nil {
+			return fmt.Errorf("reload: %w", err)
+		}
+		if !strings.HasPrefix(out, "Success=1") {
+			return fmt.Errorf("reload refused: %s", alerts([]byte(out)))
+		}
+		return nil
+	}
+	// 2.6 answers nothing, or drops the connection while it executes itself anew.
+	if err := p.await(ctx, nil, old, reloadWait); err != nil {
+		return fmt.Errorf("reload: %w", err)
+	}
+	return nil
+}
+
+// watch waits for the end of a child; asked is true when it was wanted.
+func (p *Process) watch(ctx context.Context, c *child) (asked bool, err error) {
+	defer p.setMaster(0)
+	for {
+		select {
+		case err := <-c.done:
+			p.closePipes(c)
+			return false, exited(err, p.alerts.text())
+		case reply := <-p.start:
+			reply <- nil // it runs already
+		case d := <-p.drain:
+			p.conf.Log.Info("draining HAProxy", "at_most", d)
+			p.end(c, syscall.SIGUSR1, d)
+			return true, nil
+		case <-ctx.Done():
+			p.end(c, syscall.SIGTERM, 2*time.Second)
+			return true, nil
+		}
+	}
+}
+
+// exited says how HAProxy ended and what it said before.
+func exited(err error, said string) error {
+	if err == nil {
+		err = errors.New("exit status 0")
+	}
+	return fmt.Errorf("HAProxy ended (%w): %s", err, said)
+}
+
+// end sends a signal, then stronger ones, until the child has gone.
+func (p *Process) end(c *child, first syscall.Signal, patience time.Duration) {
+	defer p.closePipes(c)
+	for _, step := range []struct {
+		sig  syscall.Signal
+		wait time.Duration
+	}{{first, patience}, {syscall.SIGTERM, 2 * time.Second}, {syscall.SIGKILL, 5 * time.Second}} {
+		_ = c.cmd.Process.Signal(step.sig)
+		t := time.NewTimer(step.wait)
+		select {
+		case <-c.done:
+			t.Stop()
+			EndOrphans(p.conf.File, p.conf.Log)
+			return
+		case <-t.C:
+		}
+	}
+	EndOrphans(p.conf.File, p.conf.Log)
+}
+
+func (p *Process) closePipes(c *child) {
+	c.out.Close()
+	c.err.Close()
+}
+
+// read hands on lines of any length, cut to maxLogLine: the child must never block
+// on a full pipe.
+func (p *Process) read(r io.ReadCloser, do func(string)) {
+	defer r.Close()
+	br := bufio.NewReaderSize(r, maxLogLine)
+	for {
+		line, more, err := br.ReadLine()
+		if err != nil {
+			return
+		}
+		text := string(line)
+		for more && err == nil {
+			_, more, err = br.ReadLine()
+		}
+		do(text)
+	}
+}
+
+func (p *Process) line(s string) {
+	if p.conf.Line != nil {
+		p.conf.Line(s)
+	}
+}
+
+// alert logs what HAProxy says about itself, and keeps it for an error.
+func (p *Process) alert(s string) {
+	if s = strings.TrimSpace(s); s == "" {
+		return
+	}
+	p.alerts.add(s)
+	switch {
+	case strings.Contains(s, "identity refused"):
+		p.conf.Log.Warn("an upstream showed a wrong identity", "haproxy", clean(s), "try", "is the registered address really this service's?")
+	case strings.HasPrefix(s, "[ALERT]"):
+		p.conf.Log.Warn("haproxy", "says", clean(s))
+	default:
+		p.conf.Log.Debug("haproxy", "says", clean(s))
+	}
+}
+
+// clean keeps a line of a child fit for a log.
+func clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// ring keeps the last lines.
+type ring struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+// Write takes whole output of a short-lived child.
+func (r *ring) Write(b []byte) (int, error) {
+	for line := range bytes.Lines(b) {
+		r.add(strings.TrimSpace(string(line)))
+	}
+	return len(b), nil
+}
+
+func (r *ring) add(s string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lines = append(r.lines, s); len(r.lines) > 20 {
+		r.lines = r.lines[1:]
+	}
+}
+
+func (r *ring) reset() {
+	r.mu.Lock()
+	r.lines = nil
+	r.mu.Unlock()
+}
+
+func (r *ring) text() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.lines) == 0 {
+		return "it said nothing"
+	}
+	return alerts([]byte(strings.Join(r.lines, "\n")))
+}
+
+// EndOrphans ends every HAProxy that runs this configuration file and is not of
+// this process: its ports would be taken, its state would be of yesterday.
+func EndOrphans(file string, log *slog.Logger) int {
+	found := map[int]bool{}
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		deadline := time.Now().Add(2 * time.Second)
+		for {
+			pids := running(file)
+			if len(pids) == 0 {
+				return len(found)
+			}
+			for _, pid := range pids {
+				if !found[pid] || sig == syscall.SIGKILL {
+					found[pid] = true
+					if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
+						log.Warn("cannot end an old HAProxy", "pid", pid, "error", err)
+					}
+				}
+			}
+			if time.Now().After(deadline) {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	return len(found)
+}
+
+// running lists processes whose command line has this configuration file.
+func running(file string) []int {
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	var out []int
+	for _, d := range dirs {
+		pid := 0
+		if _, err := fmt.Sscan(d.Name(), &pid); err != nil || pid <= 1 || pid == os.Getpid() {
+			continue
+		}
+		args, err := os.ReadFile("/proc/" + d.Name() + "/cmdline")
+		if err != nil || len(args) == 0 {
+			continue
+		}
+		part := bytes.Split(args, []byte{0})
+		for i := 1; i < len(part); i++ {
+			if string(part[i]) == file && string(part[i-1]) == "-f" && !bytes.Contains(args, []byte("\x00-c\x00")) {
+				out = append(out, pid)
+				break
+			}
+		}
+	}
+	return out
+}

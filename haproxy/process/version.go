@@ -1,0 +1,152 @@
+// Package process finds the HAProxy binary, knows what its version can do, and
+// runs it: start, check, reload, drain, restart after a crash, and the end of an
+// orphan that a killed predecessor left.
+//
+// Invariants: exactly one master per run directory; a configuration is checked by
+// HAProxy before it replaces one that works; a child never outlives Run unless we
+// are killed, and then the next Run ends it first. It may import
+// haproxy/runtimeapi; haproxy uses it through small interfaces of its own.
+package process
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"time"
+)
+
+// Version of HAProxy.
+type Version struct{ Major, Minor, Patch int }
+
+// Less orders versions.
+func (v Version) Less(major, minor, patch int) bool {
+	if v.Major != major {
+		return v.Major < major
+	}
+	if v.Minor != minor {
+		return v.Minor < minor
+	}
+	return v.Patch < patch
+}
+
+// String is "3.2.26".
+func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Patch) }
+
+// Features are the choices that depend on the version, decided once. The facts
+// behind each are measured, not read from change logs, where it says so.
+type Features struct {
+	SyncReload    bool // 3.0: `reload` on the master socket answers when it is done
+	WaitRemovable bool // 3.0: `wait ... srv-removable`
+	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
+	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
+	NoSNIAuto     bool // 3.3: sends SNI by itself unless told not to
+	PoolParam     bool // 2.6: dynamic servers pool connections only when told
+}
+
+// Features of a version.
+func (v Version) Features() Features {
+	return Features{
+		SyncReload:    !v.Less(3, 0, 0),
+		WaitRemovable: !v.Less(3, 0, 0),
+		LuaBool:       !v.Less(3, 1, 0),
+		CACommit:      !v.Less(3, 2, 8),
+		NoSNIAuto:     !v.Less(3, 3, 0),
+		PoolParam:     v.Less(2, 9, 0),
+	}
+}
+
+// Names lists the features that are on, for `version`.
+func (f Features) Names() []string {
+	var out []string
+	for _, x := range []struct {
+		on   bool
+		name string
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.CACommit, "ca-commit"}, {f.NoSNIAuto, "no-sni-auto"}, {f.PoolParam, "pool-param"}} {
+		if x.on {
+			out = append(out, x.name)
+		}
+	}
+	return out
+}
+
+// Binary is an HAProxy that can be run.
+type Binary struct {
+	Path    string
+	Version Version
+	Raw     string // first line of -v
+}
+
+var versionLine = regexp.MustCompile(`version (\d+)\.(\d+)(?:\.(\d+)|-dev\d+)?`)
+
+// Find looks a binary up, on PATH when path has no slash, and reads its version.
+func Find(ctx context.Context, path string) (*Binary, error) {
+	if path == "" {
+		path = "haproxy"
+	}
+	full, err := exec.LookPath(path)
+	if err != nil {
+		return nil, fmt.Errorf("-haproxy %q: not found or not executable; install HAProxy 2.6 or later, or give its path", path)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, full, "-vv").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("-haproxy %q: -vv fails: %w", full, err)
+	}
+	first, _, _ := bytes.Cut(out, []byte("\n"))
+	m := versionLine.FindSubmatch(first)
+	if m == nil {
+		return nil, fmt.Errorf("-haproxy %q: this is not HAProxy, it says %.80q", full, first)
+	}
+	b := &Binary{Path: full, Raw: string(first)}
+	b.Version.Major, _ = strconv.Atoi(string(m[1]))
+	b.Version.Minor, _ = strconv.Atoi(string(m[2]))
+	b.Version.Patch, _ = strconv.Atoi(string(m[3]))
+	if b.Version.Less(2, 6, 0) {
+		return nil, fmt.Errorf("-haproxy %q: version %s, want 2.6 or later", full, b.Version)
+	}
+	for _, need := range []struct{ token, what string }{{"+LUA", "Lua"}, {"+OPENSSL", "OpenSSL"}, {"+PROMEX", "the Prometheus exporter"}} {
+		if !bytes.Contains(out, []byte(need.token)) {
+			return nil, fmt.Errorf("-haproxy %q: built without %s (%s)", full, need.what, need.token)
+		}
+	}
+	return b, nil
+}
+
+// Check asks the binary whether it takes a configuration. The error holds the
+// lines that say why not.
+func (b *Binary) Check(ctx context.Context, file string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, b.Path, "-c", "-f", file).CombinedOutput()
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s -c did not finish: %w", b.Path, ctx.Err())
+	}
+	return errors.New("HAProxy refuses the configuration: " + alerts(out))
+}
+
+// alerts keeps the lines that matter of what HAProxy prints.
+func alerts(out []byte) string {
+	var keep []byte
+	for line := range bytes.Lines(out) {
+		if bytes.Contains(line, []byte("[ALERT]")) {
+			keep = append(keep, bytes.TrimSpace(line)...)
+			keep = append(keep, "; "...)
+		}
+	}
+	if len(keep) == 0 {
+		keep = bytes.TrimSpace(out)
+	}
+	const most = 2000
+	if len(keep) > most {
+		keep = append(keep[:most:most], "..."...)
+	}
+	return strconv.QuoteToASCII(string(bytes.TrimSuffix(keep, []byte("; "))))
+}

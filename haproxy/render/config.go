@@ -1,0 +1,269 @@
+// Package render turns a connect.Snapshot into a Config: the files HAProxy reads.
+// It is pure: no I/O, no clock, the same input gives the same output. It is the
+// only user of config-parser.
+//
+// Invariants: nothing from Consul becomes more than one word of one line (word
+// refuses, it never repairs); a section that config-parser would change is an
+// error; a TLS connector is made in one place and always has chain verification,
+// the trust domain's own roots, the identity filter and its guard rule; a key is
+// never part of a Config, only of the Leaf it points to.
+//
+// It may import connect, certs, intentions/spoe (names of messages and variables
+// only) and lua. haproxy and cmd use it.
+package render
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	parser "github.com/haproxytech/config-parser/v5"
+	"github.com/haproxytech/config-parser/v5/options"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+)
+
+// Originator says who speaks TLS to upstreams.
+type Originator string
+
+// HAProxy itself with the identity filter, or the Go dialer.
+const (
+	Lua Originator = "haproxy"
+	Go  Originator = "go"
+)
+
+// AccessLog is the form of HAProxy's log lines.
+type AccessLog string
+
+// Forms of the access log.
+const (
+	LogOff  AccessLog = "off"
+	LogText AccessLog = "text"
+	LogJSON AccessLog = "json"
+)
+
+// Options are decided by the operator and by HAProxy's version.
+type Options struct {
+	Dir           string // run directory, absolute, plain characters
+	User, Group   string // of the worker; "" keeps ours
+	Threads       int    // 0: 2
+	MaxConn       int    // 0: 4096
+	HardStopAfter time.Duration
+	AccessLog     AccessLog // "": off
+	Originator    Originator
+	Generation    string // of the policy in force
+	NoAuthorize   bool   // self-test only: no inbound side
+
+	LuaBool   bool // the version wants tune.lua.bool-sample-conversion (3.1+)
+	NoSNIAuto bool // the version would send SNI by itself (3.3+)
+	PoolParam bool // dynamic servers pool connections only when told (2.6)
+}
+
+// Config is what HAProxy should run. Treat as read-only.
+type Config struct {
+	Sections []*Section
+	Files    map[string]string // by path under Dir; never a key
+	Slots    map[string]*SlotTable
+	Leaf     *certs.Leaf
+	Roots    *certs.Roots
+	Dir      string
+	// Generation of the policy: changes at run time, through a map.
+	Generation string
+}
+
+// Section is one section of the file. Head does not contain its servers.
+type Section struct {
+	Comment string
+	Head    string // ends in a newline
+	Name    string // "backend redis.default.dc1"
+	Servers []Server
+	class   string // of the slots its servers use
+}
+
+// Server is one line that the runtime API can add and remove.
+type Server struct {
+	Name    string
+	Address string // as HAProxy takes it
+	Weight  int
+	Options string // the rest, without weight
+	Check   bool   // needs `enable health` once added
+	Slot    Slot
+}
+
+// Slot is what a server of an HTTP upstream goes through; zero for tcp.
+type Slot struct {
+	Class string
+	ID    int
+}
+
+// Line is the server as in the file.
+func (s Server) Line() string {
+	return fmt.Sprintf("server %s %s weight %d%s", s.Name, s.Address, s.Weight, s.Options)
+}
+
+// SlotTable assigns endpoints to the sockets of one class of connectors.
+type SlotTable struct {
+	Class string
+	Size  int            // sockets that exist
+	Used  map[string]int // "address|port|id|id" -> slot
+}
+
+// Text is the whole haproxy.cfg.
+func (c *Config) Text() string {
+	var b strings.Builder
+	b.WriteString("# Written by haproxy-connect from what Consul says; changes here are lost.\n")
+	for _, s := range c.Sections {
+		b.WriteString("\n# ")
+		b.WriteString(s.Comment)
+		b.WriteString("\n")
+		b.WriteString(s.Head)
+		for _, srv := range s.Servers {
+			b.WriteString("  ")
+			b.WriteString(srv.Line())
+			b.WriteString("\n")
+		}
+	}
+	return b.String()
+}
+
+// SlotMap is the content of a class's map file.
+func (t *SlotTable) SlotMap() string {
+	lines := make([]string, 0, len(t.Used))
+	for value, id := range t.Used {
+		lines = append(lines, fmt.Sprintf("%d %s\n", slotID(id), value))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "")
+}
+
+// slotID keeps socket IDs clear of those HAProxy numbers itself.
+func slotID(n int) int { return 1000 + n }
+
+// Key is a slot's key in the map of its class.
+func (s Slot) Key() string { return fmt.Sprint(slotID(s.ID)) }
+
+// Find returns a section by name, or nil.
+func (c *Config) Find(name string) *Section {
+	for _, s := range c.Sections {
+		if s.Name == name {
+			return s
+		}
+	}
+	return nil
+}
+
+// Paths under the run directory.
+const (
+	MainFile    = "haproxy.cfg"
+	SPOEFile    = "spoe.cfg"
+	LeafFile    = "tls/leaf.pem"
+	LeafList    = "tls/leaf.list"
+	RootsFile   = "tls/roots.pem"
+	PolicyMap   = "maps/policy.map"
+	PolicyKey   = "generation"
+	StatsSocket = "sock/stats"
+	AdminSocket = "sock/admin"
+	AuthzSocket = "sock/authz"
+	slotDir     = "sock/"
+)
+
+// SlotMapFile is the path of a class's map.
+func SlotMapFile(class string) string { return "maps/" + class + ".map" }
+
+// SlotSocket is the path of one slot's socket.
+func SlotSocket(s Slot) string { return fmt.Sprintf("%s%s/%d", slotDir, s.Class, s.ID) }
+
+// word refuses anything that could end a word or a line of the configuration, or
+// mean something to HAProxy's parser: quotes, escapes, variables, comments.
+func word(what, s string) (string, error) {
+	if s == "" {
+		return "", fmt.Errorf("%s is empty", what)
+	}
+	if len(s) > 4096 {
+		return "", fmt.Errorf("%s has %d bytes: at most 4096", what, len(s))
+	}
+	for i := 0; i < len(s); i++ {
+		if c := s[i]; c <= ' ' || c > '~' || strings.IndexByte("\"'\\#$%{}()`,", c) >= 0 {
+			return "", fmt.Errorf("%s %.80q: character %q cannot be written into a configuration", what, s, c)
+		}
+	}
+	return s, nil
+}
+
+// builder collects the lines of one section; the first error stays.
+type builder struct {
+	kind, name string
+	lines      []string
+	err        error
+}
+
+func section(kind, name string) *builder { return &builder{kind: kind, name: name} }
+
+// add takes a line whose variable parts were checked by the caller.
+func (b *builder) add(format string, args ...any) *builder {
+	line := format
+	if len(args) > 0 {
+		line = fmt.Sprintf(format, args...)
+	}
+	if strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f }) && b.err == nil {
+		b.err = fmt.Errorf("%s %s: control character in line %q", b.kind, b.name, line)
+	}
+	b.lines = append(b.lines, line)
+	return b
+}
+
+// word adds "prefix value" after checking the value.
+func (b *builder) word(prefix, what, value string) *builder {
+	v, err := word(what, value)
+	if err != nil && b.err == nil {
+		b.err = err
+	}
+	return b.add("%s %s", prefix, v)
+}
+
+// build runs the section through config-parser and insists on getting back the
+// lines that went in: a line the parser drops or rewrites would not be what was
+// decided here.
+func (b *builder) build(comment string) (*Section, error) {
+	title := strings.TrimSpace(b.kind + " " + b.name)
+	if b.err != nil {
+		return nil, fmt.Errorf("%s: %w", title, b.err)
+	}
+	if strings.ContainsFunc(comment, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return nil, fmt.Errorf("%s: the comment is not plain text", title)
+	}
+	raw := title + "\n  " + strings.Join(b.lines, "\n  ") + "\n"
+	p, err := parser.New(options.Reader(strings.NewReader(raw)), options.NoNamedDefaultsFrom)
+	if err != nil {
+		return nil, fmt.Errorf("%s: config-parser: %w", title, err)
+	}
+	text := strings.TrimLeft(p.String(), "\n")
+	got := map[string]int{}
+	for line := range strings.Lines(text) {
+		got[strings.TrimSpace(line)]++
+	}
+	for _, line := range b.lines {
+		if got[line]--; got[line] < 0 {
+			return nil, fmt.Errorf("%s: config-parser changed or dropped the line %q", title, line)
+		}
+	}
+	if n := strings.Count(text, "\n"); n != len(b.lines)+1 {
+		return nil, fmt.Errorf("%s: config-parser made %d lines of %d", title, n, len(b.lines)+1)
+	}
+	return &Section{Comment: comment, Head: text, Name: title}, nil
+}
+
+func ms(d time.Duration) string {
+	if d <= 0 {
+		d = 24 * 24 * time.Hour
+	}
+	return fmt.Sprintf("%dms", max(d.Milliseconds(), 1))
+}
+
+func digest(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return hex.EncodeToString(sum[:8])
+}

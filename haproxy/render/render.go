@@ -1,0 +1,697 @@
+package render
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+	"github.com/haproxy-connect/haproxy-connect/lua"
+)
+
+// Renderer keeps the sections of upstreams that have not changed since the last
+// call; the result is the same as without it.
+type Renderer struct {
+	opt   Options
+	cache map[*connect.Upstream]cached
+}
+
+type cached struct {
+	roots    string
+	front    *Section
+	back     *Section
+	assigned string
+}
+
+// New makes a renderer for one run directory.
+func New(o Options) (*Renderer, error) {
+	if _, err := word("run directory", o.Dir); err != nil {
+		return nil, err
+	}
+	if len(o.Dir) > 64 {
+		return nil, fmt.Errorf("run directory %q: at most 64 characters, or the sockets in it would not fit (-run-dir)", o.Dir)
+	}
+	if o.Threads == 0 {
+		o.Threads = 2
+	}
+	if o.MaxConn == 0 {
+		o.MaxConn = 4096
+	}
+	if o.AccessLog == "" {
+		o.AccessLog = LogOff
+	}
+	if o.Originator == "" {
+		o.Originator = Lua
+	}
+	if o.HardStopAfter == 0 {
+		o.HardStopAfter = 30 * time.Minute
+	}
+	return &Renderer{opt: o, cache: map[*connect.Upstream]cached{}}, nil
+}
+
+// Refused is an upstream that cannot be rendered: it is left out, the others stay.
+type Refused struct {
+	Upstream string
+	Err      error
+}
+
+func (r *Refused) Error() string {
+	return fmt.Sprintf("upstream %.80q is left out: %v", r.Upstream, r.Err)
+}
+func (r *Refused) Unwrap() error { return r.Err }
+
+// Render makes the configuration for a snapshot. prev, if any, keeps the slots of
+// endpoints that stay. The refusals are upstreams that were left out; err means
+// that nothing can be rendered.
+func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) (c *Config, refused []*Refused, err error) {
+	if s.Leaf == nil || s.Roots == nil {
+		return nil, nil, errors.New("no leaf or no roots")
+	}
+	o := &r.opt
+	c = &Config{Leaf: s.Leaf, Roots: s.Roots, Dir: o.Dir, Generation: generation, Files: map[string]string{}, Slots: map[string]*SlotTable{}}
+	c.Files[lua.SpiffeFile] = lua.Spiffe
+	c.Files[LeafList] = o.path(LeafFile) + " dummy.invalid\n" // haproxy.md, fact 3: a name filter, or 2.6 forgets client verification
+	c.Files[PolicyMap] = PolicyKey + " " + generation + "\n"
+
+	add := func(sec *Section, e error) {
+		if e != nil {
+			err = errors.Join(err, e)
+			return
+		}
+		c.Sections = append(c.Sections, sec)
+	}
+	for _, sec := range o.global() {
+		add(sec.build(sec.comment()))
+	}
+	add(o.defaults().build("defaults of every proxy below"))
+	add(o.admin().build("statistics and metrics, for haproxy-connect alone"))
+	if s.Inbound.Port != 0 && !o.NoAuthorize {
+		c.Files[SPOEFile] = o.spoe()
+		add(o.authz().build("the agent that knows the intentions"))
+		add(o.public(s))
+		if s.Inbound.UnsecuredPort != 0 {
+			add(o.unsecured(&s.Inbound).build("WARNING: unsecured_bind_port, no TLS and no intentions"))
+		}
+		add(o.local(&s.Inbound))
+		for _, group := range exposeGroups(s.Inbound.Expose) {
+			secs, e := o.expose(&s.Inbound, group)
+			err = errors.Join(err, e)
+			c.Sections = append(c.Sections, secs...)
+		}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+
+	// Upstreams: one that cannot be rendered must not take the others down.
+	slots := newSlots(prev)
+	next := make(map[*connect.Upstream]cached, len(s.Upstreams))
+	for _, u := range s.Upstreams {
+		hit, ok := r.cache[u]
+		if !ok || hit.roots != s.Roots.TrustDomain {
+			front, back, e := o.upstream(u)
+			if e != nil {
+				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
+				continue
+			}
+			hit = cached{roots: s.Roots.TrustDomain, front: front, back: back}
+		}
+		back := hit.back
+		if class := back.class; class != "" {
+			slots.class(class)
+			for i := range u.Target.Endpoints {
+				slots.want(class, slotValue(&u.Target, &u.Target.Endpoints[i]))
+			}
+		}
+		next[u] = hit
+	}
+	slots.assign()
+	for _, u := range s.Upstreams {
+		hit, ok := next[u]
+		if !ok {
+			continue
+		}
+		back, e := o.servers(u, hit.back, slots)
+		if e != nil {
+			refused = append(refused, &Refused{Upstream: u.Name, Err: e})
+			delete(next, u)
+			continue
+		}
+		c.Sections = append(c.Sections, hit.front, back)
+	}
+	r.cache = next
+	c.Slots = slots.tables
+	for _, class := range slices.Sorted(maps.Keys(slots.tables)) {
+		t := slots.tables[class]
+		if o.Originator == Go {
+			continue // the dialer listens on the slots
+		}
+		c.Files[SlotMapFile(class)] = t.SlotMap()
+		secs, e := o.connector(t)
+		if e != nil {
+			return nil, nil, e
+		}
+		c.Sections = append(c.Sections, secs...)
+	}
+	return c, refused, nil
+}
+
+func (o *Options) path(p string) string { return o.Dir + "/" + p }
+
+type globalSection struct {
+	*builder
+	what string
+}
+
+func (g globalSection) comment() string { return g.what }
+
+func (o *Options) global() []globalSection {
+	var out []globalSection
+	if o.LuaBool {
+		// Must come before lua-load, and the parser moves what it does not know to the end.
+		out = append(out, globalSection{section("global", "").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below"})
+	}
+	g := section("global", "")
+	if o.User != "" {
+		g.word("user", "user", o.User)
+	}
+	if o.Group != "" {
+		g.word("group", "group", o.Group)
+	}
+	g.add("nbthread %d", o.Threads).add("maxconn %d", o.MaxConn)
+	owner := ""
+	if o.User != "" {
+		owner = " user " + o.User
+	}
+	g.add("stats socket unix@%s mode 600%s level admin", o.path(StatsSocket), owner)
+	g.add("stats timeout 1m")
+	g.add("log stdout format raw local0 info")
+	g.add("hard-stop-after %s", ms(o.HardStopAfter))
+	// Both are needed to switch resumption off: a resumed session is not verified again.
+	g.add("tune.ssl.cachesize 0")
+	g.add("tune.ssl.default-dh-param 2048")
+	g.add("ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	g.add("ssl-default-server-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	g.add("httpclient.ssl.verify none") // unused; spares loading the system's CAs
+	g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
+	return append(out, globalSection{g, "the process"})
+}
+
+func (o *Options) defaults() *builder {
+	return section("defaults", "mesh").
+		add("mode tcp").
+		add("log global").
+		add("option dontlognull").
+		add("option clitcpka").
+		add("option srvtcpka").
+		add("option redispatch 1").
+		add("option idle-close-on-response").
+		add("timeout http-request 30s").
+		add("timeout connect 5s").
+		add("timeout client 1h").
+		add("timeout client-fin 30s").
+		add("timeout queue 5s").
+		add("timeout server 1h").
+		add("timeout server-fin 30s").
+		add("timeout tunnel 1h").
+		add("timeout http-keep-alive 5m").
+		add("retries 3")
+}
+
+// owned is the suffix of a bind line on a socket that only the worker may use.
+func (o *Options) owned() string {
+	if o.User != "" {
+		return " mode 600 user " + o.User
+	}
+	return " mode 600"
+}
+
+func (o *Options) admin() *builder {
+	return section("frontend", "admin").
+		add("mode http").
+		add("bind unix@%s%s", o.path(AdminSocket), o.owned()).
+		add("no log").
+		add("stats enable").
+		add("stats show-legends").
+		add("stats uri /stats").
+		add("http-request use-service prometheus-exporter if { path /metrics }")
+}
+
+func (o *Options) authz() *builder {
+	return section("backend", "authz").
+		add("mode tcp").
+		add("timeout connect 1s").
+		add("timeout server 24h").
+		add("server agent unix@%s", o.path(AuthzSocket))
+}
+
+// spoe is the configuration of the filter: what is asked, and when.
+func (o *Options) spoe() string {
+	return `# What HAProxy asks the authorization agent.
+[hc]
+spoe-agent hc
+    groups ` + spoe.MessageConnection + ` ` + spoe.MessageRequest + `
+    option var-prefix hc
+    option set-on-error error
+    timeout hello 2s
+    timeout idle 1h
+    timeout processing 1s
+    use-backend authz
+
+spoe-message ` + spoe.MessageConnection + `
+    args ` + spoe.ArgCert + `=ssl_c_der
+
+spoe-message ` + spoe.MessageRequest + `
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgHeaders + `=req.hdrs_bin
+
+spoe-group ` + spoe.MessageConnection + `
+    messages ` + spoe.MessageConnection + `
+
+spoe-group ` + spoe.MessageRequest + `
+    messages ` + spoe.MessageRequest + `
+`
+}
+
+const sess, txn = "sess.hc.", "txn.hc."
+
+// public is the listener that the mesh calls.
+func (o *Options) public(s *connect.Snapshot) (*Section, error) {
+	in := &s.Inbound
+	b := section("frontend", "public")
+	mode := "tcp"
+	if in.Protocol.IsHTTP() {
+		mode = "http"
+	}
+	b.add("mode %s", mode)
+	alpn := ""
+	switch {
+	case in.Protocol.IsHTTP2():
+		alpn = " alpn h2,http/1.1"
+	case in.Protocol.IsHTTP():
+		alpn = " alpn http/1.1"
+	}
+	listen, err := word("bind address", net.JoinHostPort(in.Address, strconv.Itoa(in.Port)))
+	if err != nil {
+		return nil, err
+	}
+	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", listen, o.path(LeafList), o.path(RootsFile), alpn)
+	b.add("timeout client %s", ms(in.LocalIdleTimeout))
+	if in.MaxConnections > 0 {
+		b.add("tcp-request connection reject if { fe_conn gt %d }", in.MaxConnections)
+	}
+	// A server name must be one of ours; none is fine, HAProxy cannot send any.
+	own := strings.ToLower(s.Proxy.SPIFFEID().SNI(""))
+	if _, err := word("own server name", own); err != nil {
+		return nil, err
+	}
+	b.add("tcp-request session reject if { ssl_fc_has_sni } !{ ssl_fc_sni,lower -m str %s } !{ ssl_fc_sni,lower -m end .%s }", own, own)
+	b.add("filter spoe engine hc config %s", o.path(SPOEFile))
+	o.log(b, in.Protocol.IsHTTP())
+	b.add("default_backend local_app")
+
+	if mode == "tcp" {
+		b.add("tcp-request inspect-delay 5s")
+		b.add("tcp-request content send-spoe-group hc %s", spoe.MessageConnection)
+		b.add("tcp-request content reject unless { var(%s%s) -m str %s }", sess, spoe.VarVerdict, spoe.Allow)
+		return b.build("callers: mutual TLS, judged once per connection")
+	}
+
+	// A verdict is kept per connection and asked again when the policy's generation
+	// has moved. It is forgotten before it is asked, so that an agent that does not
+	// answer leaves none; then it is copied, as another stream of the connection may
+	// be asking while this one waits.
+	fresh := fmt.Sprintf("{ var(%s%s),strcmp(txn.policy) eq 0 }", sess, spoe.VarGeneration)
+	b.add("http-request set-var(txn.policy) str(%s),map_str(%s)", PolicyKey, o.path(PolicyMap))
+	b.add("http-request set-var(txn.stale) bool(true) unless %s", fresh)
+	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarVerdict)
+	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarGeneration)
+	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
+	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
+	b.add("http-request send-spoe-group hc %s if { var(txn.verdict) -m str %s }", spoe.MessageRequest, spoe.Ask)
+	b.add("http-request set-var(txn.verdict) var(%s%s) if { var(txn.verdict) -m str %s }", txn, spoe.VarRequestVerdict, spoe.Ask)
+	b.add(`http-request return status 403 content-type text/plain string "RBAC: access denied" unless { var(txn.verdict) -m str %s }`, spoe.Allow)
+	own = s.Proxy.SPIFFEID().String()
+	if _, err := word("own identity", own); err != nil {
+		return nil, err
+	}
+	// Always set, never added: a caller cannot forge who called.
+	b.add("http-request set-header X-Forwarded-Client-Cert By=%s;Hash=%%[ssl_c_der,digest(sha256),hex,lower];URI=%%[var(%s%s)]", own, sess, spoe.VarSource)
+	if in.CallerHeader != "" {
+		b.add("http-request set-header %s %%[var(%s%s)]", in.CallerHeader, sess, spoe.VarService)
+	}
+	return b.build("callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
+}
+
+// log sets the access log of a frontend.
+func (o *Options) log(b *builder, http bool) {
+	const who = `source=%[var(sess.hc.source)] verdict=%[var(sess.hc.verdict)] rule=%[var(sess.hc.rule)]`
+	switch o.AccessLog {
+	case LogText:
+		if http {
+			b.add("%s", `log-format "access %ci:%cp %ft %b/%s %ST %B %Ta %tsc %{+Q}r `+who+`"`)
+		} else {
+			b.add("%s", `log-format "access %ci:%cp %ft %b/%s %B %Tt %ts `+who+`"`)
+		}
+	case LogJSON:
+		req := ""
+		if http {
+			req = `,\"status\":%ST,\"method\":\"%[capture.req.method,json(utf8s)]\",\"path\":\"%[capture.req.uri,json(utf8s)]\"`
+		}
+		b.add("%s", `log-format "{\"access\":\"%ft\",\"client\":\"%ci:%cp\",\"upstream\":\"%b\",\"server\":\"%s\",\"bytes\":%B,\"ms\":%Tt,\"state\":\"%ts\"`+req+
+			`,\"source\":\"%[var(sess.hc.source),json(utf8s)]\",\"verdict\":\"%[var(sess.hc.verdict),json(utf8s)]\",\"rule\":\"%[var(sess.hc.rule),json(utf8s)]\"}"`)
+	default:
+		b.add("no log")
+	}
+}
+
+// unsecured is the 2018 demo's plain listener: never a mesh caller.
+func (o *Options) unsecured(in *connect.Inbound) *builder {
+	b := section("frontend", "unsecured")
+	mode := "tcp"
+	if in.Protocol.IsHTTP() {
+		mode = "http"
+	}
+	b.add("mode %s", mode).add("bind %s", net.JoinHostPort("0.0.0.0", strconv.Itoa(in.UnsecuredPort)))
+	o.log(b, in.Protocol.IsHTTP())
+	if mode == "http" {
+		b.add("http-request del-header X-Forwarded-Client-Cert")
+		if in.CallerHeader != "" {
+			b.add("http-request del-header %s", in.CallerHeader)
+		}
+	}
+	return b.add("default_backend local_app")
+}
+
+func (o *Options) local(in *connect.Inbound) (*Section, error) {
+	b := section("backend", "local_app")
+	proto := ""
+	if in.Protocol.IsHTTP() {
+		b.add("mode http").add("http-reuse safe")
+		if in.ForwardFor {
+			b.add("option forwardfor")
+		}
+		if in.Protocol.IsHTTP2() {
+			proto = " proto h2"
+		}
+		b.add("timeout server %s", ms(in.LocalRequestTimeout))
+	} else {
+		b.add("mode tcp").add("timeout server %s", ms(in.LocalIdleTimeout))
+	}
+	b.add("timeout connect %s", ms(in.LocalConnectTimeout))
+	addr := "unix@" + in.Local.SocketPath
+	if in.Local.SocketPath == "" {
+		addr = net.JoinHostPort(in.Local.Address, strconv.Itoa(in.Local.Port))
+	}
+	if _, err := word("local application's address", addr); err != nil {
+		return nil, err
+	}
+	limit := ""
+	if in.MaxConnections > 0 {
+		limit = fmt.Sprintf(" maxconn %d", in.MaxConnections)
+	}
+	return b.add("server app %s%s%s", addr, proto, limit).build("the application")
+}
+
+func exposeGroups(paths []connect.ExposePath) [][]connect.ExposePath {
+	var out [][]connect.ExposePath
+	for i, p := range paths {
+		if i > 0 && paths[i-1].ListenPort == p.ListenPort {
+			out[len(out)-1] = append(out[len(out)-1], p)
+			continue
+		}
+		out = append(out, []connect.ExposePath{p})
+	}
+	return out
+}
+
+// expose opens exact paths of the application without mutual TLS.
+func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*Section, error) {
+	port := group[0].ListenPort
+	front := section("frontend", fmt.Sprintf("expose_%d", port)).add("mode http").
+		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(port)))
+	o.log(front, true)
+	front.add("http-request del-header X-Forwarded-Client-Cert")
+	var secs []*Section
+	for i, p := range group {
+		path, err := word("exposed path", p.Path)
+		if err != nil {
+			return nil, err
+		}
+		name := fmt.Sprintf("expose_%d_%d_app", port, i)
+		front.add("use_backend %s if { path -m str %s }", name, path)
+		proto := ""
+		if p.Protocol == connect.HTTP2 {
+			proto = " proto h2"
+		}
+		sec, err := section("backend", name).add("mode http").add("timeout connect %s", ms(in.LocalConnectTimeout)).
+			add("server app %s%s", net.JoinHostPort(in.Local.Address, strconv.Itoa(p.LocalPort)), proto).build("the application, exposed")
+		if err != nil {
+			return nil, err
+		}
+		secs = append(secs, sec)
+	}
+	f, err := front.add("http-request return status 404 unless { path -m found }").build("WARNING: exposed paths, no TLS and no intentions")
+	if err != nil {
+		return nil, err
+	}
+	return append([]*Section{f}, secs...), nil
+}
+
+// upstream makes the listener and the backend of one upstream, without servers.
+func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error) {
+	for _, n := range []struct{ what, text string }{{"upstream name", u.Name}, {"target name", u.Target.Name}} {
+		if _, err := word(n.what, n.text); err != nil {
+			return nil, nil, err
+		}
+	}
+	http := u.Protocol.IsHTTP()
+	f, b := section("frontend", "up_"+u.Name), section("backend", u.Target.Name)
+	mode := "tcp"
+	if http {
+		mode = "http"
+	}
+	f.add("mode %s", mode)
+	b.add("mode %s", mode)
+	if p := u.Listen.SocketPath; p != "" {
+		f.word("bind", "socket path", "unix@"+p)
+		f.lines[len(f.lines)-1] += " mode " + u.Listen.SocketMode
+	} else {
+		f.word("bind", "listener", net.JoinHostPort(u.Listen.Address, strconv.Itoa(u.Listen.Port)))
+	}
+	o.log(f, http)
+	b.add("timeout connect %s", ms(u.ConnectTimeout)).add("timeout server %s", ms(u.IdleTimeout))
+	// HTTP: the client may be idle longer than a request may take.
+	idle := u.IdleTimeout
+	if http {
+		idle = max(idle, 5*time.Minute)
+	}
+	f.add("timeout client %s", ms(max(idle, 5*u.ConnectTimeout)))
+	limit(f, u, http)
+	back0 := &Section{}
+	if http {
+		f.add("http-request del-header X-Forwarded-Client-Cert")
+		b.add("balance roundrobin").add("http-reuse always")
+		b.add("retry-on conn-failure empty-response")
+		// A request that may not be repeated is not: the server may have begun it.
+		b.add("http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }")
+		back0.class = class(u)
+	} else {
+		b.add("balance leastconn")
+		if o.Originator == Lua {
+			guard(b, idList(u.Target.IDs))
+			if _, err := word("identities", strings.ReplaceAll(idList(u.Target.IDs), " ", "")); err != nil {
+				return nil, nil, err
+			}
+		} else {
+			back0.class = class(u)
+		}
+	}
+	f.add("default_backend %s", u.Target.Name)
+	what := fmt.Sprintf("upstream %s: %s", u.Name, u.Protocol)
+	if front, err = f.build(what + ", what the application calls"); err != nil {
+		return nil, nil, err
+	}
+	back, err = b.build(what + ", its endpoints")
+	if err != nil {
+		return nil, nil, err
+	}
+	back.class = back0.class
+	return front, back, nil
+}
+
+// limit refuses what is over an upstream's limits at once, as Envoy does.
+func limit(f *builder, u *connect.Upstream, http bool) {
+	l := u.Limits
+	if !http {
+		if l.MaxConnections != nil {
+			f.add("tcp-request connection reject if { fe_conn gt %d }", *l.MaxConnections)
+		}
+		return
+	}
+	most := -1
+	if l.MaxConcurrentRequests != nil {
+		most = *l.MaxConcurrentRequests
+	}
+	if l.MaxConnections != nil && !u.Protocol.IsHTTP2() {
+		pending := 1024
+		if l.MaxPendingRequests != nil {
+			pending = *l.MaxPendingRequests
+		}
+		if n := *l.MaxConnections + pending; most < 0 || n < most {
+			most = n
+		}
+	}
+	if most >= 0 {
+		f.add(`http-request return status 503 content-type text/plain string "upstream limit reached" if { be_conn(%s) ge %d }`, u.Target.Name, most)
+	}
+}
+
+// idList is never empty: without an expected identity nobody is the right one.
+func idList(ids []certs.SPIFFEID) string {
+	if len(ids) == 0 {
+		return "nobody"
+	}
+	out := make([]string, len(ids))
+	for i, id := range ids {
+		out[i] = id.String()
+	}
+	return strings.Join(out, " ")
+}
+
+// guard arms the identity filter, and refuses where it is not armed. With the
+// options of tlsOptions these are the four parts without which no connector exists.
+func guard(b *builder, ids string) {
+	b.add("filter %s %s", lua.SpiffeFilter, ids)
+	b.add("tcp-request content reject unless { var(%s) -m bool }", lua.SpiffeArmed)
+}
+
+func (o *Options) tlsOptions(alpn string) string {
+	s := fmt.Sprintf(" ssl crt %s ca-file %s verify required no-ssl-reuse", o.path(LeafFile), o.path(RootsFile))
+	if alpn != "" {
+		s += " alpn " + alpn
+	}
+	if o.NoSNIAuto {
+		s += " no-sni-auto"
+	}
+	return s
+}
+
+// class groups upstreams whose connectors are alike.
+func class(u *connect.Upstream) string {
+	kind := "t"
+	switch {
+	case u.Protocol.IsHTTP2():
+		kind = "h2"
+	case u.Protocol.IsHTTP():
+		kind = "h1"
+	}
+	return fmt.Sprintf("%s-%d", kind, u.ConnectTimeout.Milliseconds())
+}
+
+// ClassALPN is the protocol that connectors of a class offer; "" none.
+func ClassALPN(class string) string {
+	switch {
+	case strings.HasPrefix(class, "h2-"):
+		return "h2"
+	case strings.HasPrefix(class, "h1-"):
+		return "http/1.1"
+	}
+	return ""
+}
+
+// ClassTimeout bounds connecting and shaking hands in a class.
+func ClassTimeout(class string) time.Duration {
+	_, t, _ := strings.Cut(class, "-")
+	n, _ := strconv.Atoi(t)
+	return time.Duration(max(n, 1)) * time.Millisecond
+}
+
+// slotValue is what a connector must know of an endpoint: where, and who.
+func slotValue(t *connect.Target, e *connect.Endpoint) string {
+	return e.Address + "|" + strconv.Itoa(e.Port) + lua.SpiffeIDsMark + strings.ReplaceAll(idList(t.IDs), " ", lua.SpiffeIDsMark)
+}
+
+// ParseSlotValue takes apart what slotValue made.
+func ParseSlotValue(v string) (addr string, ids []string) {
+	part := strings.Split(v, "|")
+	if len(part) < 3 {
+		return "", nil
+	}
+	return net.JoinHostPort(part[0], part[1]), part[2:]
+}
+
+// servers completes a backend's section with its endpoints.
+func (o *Options) servers(u *connect.Upstream, head *Section, slots *slots) (*Section, error) {
+	sec := *head
+	sec.Servers = make([]Server, 0, len(u.Target.Endpoints))
+	for i := range u.Target.Endpoints {
+		e := &u.Target.Endpoints[i]
+		name, err := word("endpoint", e.Name)
+		if err != nil {
+			return nil, err
+		}
+		s := Server{Name: name, Weight: min(max(e.Weight, 1), 256)}
+		if head.class != "" {
+			s.Slot = Slot{Class: head.class, ID: slots.tables[head.class].Used[slotValue(&u.Target, e)]}
+			s.Address = "unix@" + o.path(SlotSocket(s.Slot))
+			if u.Protocol.IsHTTP2() {
+				s.Options = " proto h2"
+			}
+		} else {
+			if s.Address, err = word("endpoint address", net.JoinHostPort(e.Address, strconv.Itoa(e.Port))); err != nil {
+				return nil, err
+			}
+			s.Options = o.tlsOptions("")
+		}
+		if u.Protocol.IsHTTP() {
+			s.Options += " pool-max-conn 100 pool-purge-delay 30s"
+		}
+		if p := u.Passive; p != nil {
+			layer := "layer4"
+			if u.Protocol.IsHTTP() {
+				layer = "layer7"
+			}
+			s.Options += fmt.Sprintf(" check inter %s downinter %s rise 1 fall 3 observe %s error-limit %d on-error mark-down",
+				ms(max(p.Interval, time.Second)), ms(max(p.BaseEjection, time.Second)), layer, p.MaxFailures)
+			s.Check = true
+		}
+		// A name must never stand for two things while an old server drains.
+		s.Name += "." + digest(s.Address + s.Options)[:4]
+		sec.Servers = append(sec.Servers, s)
+	}
+	return &sec, nil
+}
+
+// connector is hop 2 of a class: from the socket of a slot to mutual TLS with the
+// endpoint that the slot's map names.
+func (o *Options) connector(t *SlotTable) ([]*Section, error) {
+	in, out := section("frontend", "connect_"+t.Class), section("backend", "tls_"+t.Class)
+	in.add("mode tcp").add("no log").add("timeout client 25h") // hop 1 decides when to close
+	for i := 1; i <= t.Size; i++ {
+		in.add("bind unix@%s id %d%s", o.path(SlotSocket(Slot{Class: t.Class, ID: i})), slotID(i), o.owned())
+	}
+	in.add("tcp-request content set-var(%s) so_id,map_int(%s)", lua.SpiffeIDsVar, o.path(SlotMapFile(t.Class)))
+	in.add("tcp-request content reject unless { var(%s) -m found }", lua.SpiffeIDsVar)
+	in.add("tcp-request content set-dst var(%s),field(1,|)", lua.SpiffeIDsVar)
+	in.add("tcp-request content set-dst-port var(%s),field(2,|)", lua.SpiffeIDsVar)
+	in.add("default_backend tls_%s", t.Class)
+	out.add("mode tcp").add("retries 0").add("timeout connect %s", ms(ClassTimeout(t.Class))).add("timeout server 25h")
+	guard(out, lua.SpiffeSlot)
+	out.add("server endpoint 0.0.0.0:0%s", o.tlsOptions(ClassALPN(t.Class)))
+	a, err := in.build("connectors: a socket for each endpoint of an HTTP upstream")
+	if err != nil {
+		return nil, err
+	}
+	b, err := out.build("connectors: mutual TLS, the server's SPIFFE ID checked before any byte")
+	if err != nil {
+		return nil, err
+	}
+	return []*Section{a, b}, nil
+}

@@ -1,0 +1,75 @@
+// Package runtimeapi talks to HAProxy's runtime API: one connection, one command,
+// one answer, a deadline.
+//
+// Invariants: a command is one line, checked before it is sent; a payload goes
+// apart and never into an error; an answer is bounded. It imports nothing of ours;
+// haproxy/process and haproxy use it.
+package runtimeapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"time"
+)
+
+// Socket is the path of a stats or master socket.
+type Socket string
+
+const (
+	maxAnswer = 64 << 20
+	timeout   = 10 * time.Second // for a caller without a deadline
+)
+
+// Do sends a command and returns HAProxy's whole answer, without the blank lines
+// around it. payload, if any, follows as HAProxy's "<<" form; it must not contain a
+// blank line. An answer that says that the command failed is not an error here.
+func (s Socket) Do(ctx context.Context, command string, payload []byte) (string, error) {
+	if err := Check(command); err != nil {
+		return "", err
+	}
+	line := command + "\n"
+	if payload != nil {
+		text := strings.TrimRight(string(payload), "\n")
+		if text == "" || strings.Contains(text, "\n\n") {
+			return "", fmt.Errorf("command %q: the payload is empty or has a blank line", command)
+		}
+		line = command + " <<\n" + text + "\n\n"
+	}
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", string(s))
+	if err != nil {
+		return "", fmt.Errorf("HAProxy's socket: %w", err)
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := io.WriteString(c, line); err != nil {
+		return "", fmt.Errorf("command %q: %w", command, err)
+	}
+	b, err := io.ReadAll(io.LimitReader(c, maxAnswer))
+	if err != nil {
+		return "", fmt.Errorf("command %q: %w", command, err)
+	}
+	return strings.Trim(string(b), "\n"), nil
+}
+
+// Check refuses what would be more than one command: HAProxy separates commands
+// by ";" and newline, and reads "<<" as the start of a payload.
+func Check(command string) error {
+	if command == "" || len(command) > 15000 {
+		return fmt.Errorf("command of %d bytes: must be 1 to 15000", len(command))
+	}
+	if strings.ContainsFunc(command, func(r rune) bool { return r < ' ' || r > '~' || r == ';' || r == '\\' }) || strings.Contains(command, "<<") {
+		return errors.New("command with a character that could start another one")
+	}
+	return nil
+}

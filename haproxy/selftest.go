@@ -1,0 +1,315 @@
+package haproxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+)
+
+// ErrInsecure: this HAProxy does not hold what the design rests on.
+var ErrInsecure = errors.New("self-test failed")
+
+// SelfTest runs the configuration that render makes on the actual binary, against
+// servers of a throw-away mesh on loopback, and proves: an impostor with another
+// service's valid certificate reads no byte, its honest twin is served, a caller
+// without a certificate is refused, and so is every caller while no agent answers.
+//
+// dir is an empty run directory of its own. run starts HAProxy with a file and
+// returns when it serves; stop ends it.
+func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(string) error,
+	run func(ctx context.Context, file string) (stop func(), err error)) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	mesh, err := newThrowAway()
+	if err != nil {
+		return err
+	}
+	defer mesh.close()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	public := free.Addr().(*net.TCPAddr).Port
+	free.Close()
+
+	snap := mesh.snapshot(dir, public)
+	o.Dir, o.Generation, o.AccessLog = dir, "selftest", render.LogOff
+	r, err := render.New(o)
+	if err != nil {
+		return err
+	}
+	conf, refused, err := r.Render(snap, "selftest", nil)
+	if err != nil {
+		return err
+	}
+	if len(refused) > 0 {
+		return refused[0]
+	}
+	m := NewManager(Config{Dir: dir, SocketDir: socketDir})
+	if err := m.write(conf, nil); err != nil {
+		return err
+	}
+	file := filepath.Join(dir, render.MainFile)
+	if err := os.WriteFile(file, []byte(conf.Text()), 0o600); err != nil {
+		return err
+	}
+	stop, err := run(ctx, file)
+	if err != nil {
+		return fmt.Errorf("self-test: %w", err)
+	}
+	defer stop()
+
+	var wg sync.WaitGroup
+	errs := make(chan error, 8)
+	check := func(what string, f func() error) {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			if err := f(); err != nil {
+				errs <- fmt.Errorf("%w: %s: %w", ErrInsecure, what, err)
+			}
+		}()
+	}
+	sock := func(name string) string { return filepath.Join(dir, name) }
+	check("an honest tcp server", func() error { return expect(ctx, sock("tcp-honest"), "ping\n", "ping") })
+	check("an honest http server", func() error { return expect(ctx, sock("http-honest"), request, "HTTP/1.1 200") })
+	check("an impostor in tcp", func() error {
+		return mesh.impostor(ctx, &mesh.tcp, sock("tcp-impostor"), strings.Repeat("secret", 10000), "")
+	})
+	check("an impostor in http", func() error {
+		return mesh.impostor(ctx, &mesh.http, sock("http-impostor"), request, "HTTP/1.1 5")
+	})
+	check("a caller without a certificate", func() error { return mesh.refused(ctx, public, false) })
+	check("a caller while no agent answers", func() error { return mesh.refused(ctx, public, true) })
+	wg.Wait()
+	close(errs)
+	return <-errs
+}
+
+const request = "GET / HTTP/1.1\r\nHost: selftest\r\nConnection: close\r\n\r\n"
+
+// throwAway is a mesh of two services, one of which answers in the other's place.
+type throwAway struct {
+	ca        *certs.Authority
+	roots     *certs.Roots
+	leaf      *certs.Leaf
+	tcp, http fake // the impostors
+	addr      map[string]int
+	listeners []net.Listener
+}
+
+// fake counts what an impostor got.
+type fake struct{ greeted, read atomic.Int64 }
+
+func newThrowAway() (*throwAway, error) {
+	ca, err := certs.NewAuthority("00000000-0000-0000-0000-00000000cafe.consul")
+	if err != nil {
+		return nil, err
+	}
+	t := &throwAway{ca: ca, addr: map[string]int{}}
+	if t.roots, err = ca.Roots(); err != nil {
+		return nil, err
+	}
+	if t.leaf, err = ca.Leaf("selftest", time.Hour); err != nil {
+		return nil, err
+	}
+	for _, s := range []struct {
+		name, service string
+		count         *fake
+		serve         func(c net.Conn)
+	}{
+		{"tcp-honest", "honest", nil, func(c net.Conn) { _, _ = io.Copy(c, c) }},
+		{"http-honest", "honest", nil, answerHTTP},
+		{"tcp-impostor", "impostor", &t.tcp, nil},
+		{"http-impostor", "impostor", &t.http, nil},
+	} {
+		leaf, err := ca.Leaf(s.service, time.Hour)
+		if err != nil {
+			return nil, err
+		}
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		t.listeners = append(t.listeners, ln)
+		t.addr[s.name] = ln.Addr().(*net.TCPAddr).Port
+		conf := &tls.Config{Certificates: []tls.Certificate{leaf.TLS()}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"http/1.1"}}
+		go accept(ln, conf, s.count, s.serve)
+	}
+	return t, nil
+}
+
+func accept(ln net.Listener, conf *tls.Config, count *fake, serve func(net.Conn)) {
+	for {
+		raw, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer raw.Close()
+			mine := conf.Clone()
+			if count != nil {
+				// Counted at the hello: HAProxy may hang up before the handshake ends here.
+				mine.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+					count.greeted.Add(1)
+					return nil, nil
+				}
+			}
+			c := tls.Server(raw, mine)
+			if err := c.Handshake(); err != nil {
+				return
+			}
+			if count == nil {
+				serve(c)
+				return
+			}
+			n, _ := io.Copy(io.Discard, c)
+			count.read.Add(n)
+		}()
+	}
+}
+
+func answerHTTP(c net.Conn) {
+	br := bufio.NewReader(c)
+	for {
+		line, err := br.ReadString('\n')
+		if err != nil {
+			return
+		}
+		if strings.TrimSpace(line) == "" {
+			break
+		}
+	}
+	_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+}
+
+func (t *throwAway) close() {
+	for _, ln := range t.listeners {
+		ln.Close()
+	}
+}
+
+func (t *throwAway) snapshot(dir string, public int) *connect.Snapshot {
+	s := &connect.Snapshot{
+		Proxy: connect.Proxy{ID: "selftest", Service: "selftest", Datacenter: "dc1", TrustDomain: t.ca.TrustDomain},
+		Inbound: connect.Inbound{Address: "127.0.0.1", Port: public, Protocol: connect.HTTP,
+			Local:               connect.Local{Address: "127.0.0.1", Port: t.addr["http-honest"]},
+			LocalConnectTimeout: time.Second, LocalRequestTimeout: time.Second, LocalIdleTimeout: 5 * time.Second},
+		Leaf: t.leaf, Roots: t.roots, Policy: &intentions.Policy{},
+	}
+	for _, name := range []string{"http-honest", "http-impostor", "tcp-honest", "tcp-impostor"} {
+		p := connect.TCP
+		if strings.HasPrefix(name, "http") {
+			p = connect.HTTP
+		}
+		s.Upstreams = append(s.Upstreams, &connect.Upstream{
+			Name: name, Protocol: p, ConnectTimeout: 5 * time.Second, IdleTimeout: 10 * time.Second,
+			Listen: connect.Listener{SocketPath: filepath.Join(dir, name), SocketMode: "600"},
+			Target: connect.Target{Name: "to-" + name, Service: "honest", IDs: []certs.SPIFFEID{t.ca.ID("honest")},
+				Endpoints: []connect.Endpoint{{Name: name, Address: "127.0.0.1", Port: t.addr[name], Weight: 1}}},
+		})
+	}
+	return s
+}
+
+func dialUnix(ctx context.Context, path string) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	deadline, _ := ctx.Deadline()
+	return c, c.SetDeadline(deadline)
+}
+
+// expect sends and wants an answer that begins so.
+func expect(ctx context.Context, path, send, want string) error {
+	c, err := dialUnix(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, send); err != nil {
+		return err
+	}
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return fmt.Errorf("no answer: %w", err)
+	}
+	if string(got) != want {
+		return fmt.Errorf("answered %q, want %q", got, want)
+	}
+	return nil
+}
+
+// impostor sends and wants the connection to end with at most an error page.
+func (t *throwAway) impostor(ctx context.Context, f *fake, path, send, most string) error {
+	c, err := dialUnix(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, _ = io.WriteString(c, send) // may be cut short, which is right
+	got, err := io.ReadAll(c)
+	if err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		return errors.New("the connection to an impostor stays open")
+	}
+	if !strings.HasPrefix(string(got), most) || most == "" && len(got) > 0 {
+		return fmt.Errorf("the client got %.60q", got)
+	}
+	if f.greeted.Load() == 0 {
+		return errors.New("the impostor was never reached: the test proves nothing")
+	}
+	if n := f.read.Load(); n != 0 {
+		return fmt.Errorf("the impostor read %d bytes", n)
+	}
+	return nil
+}
+
+// refused wants no answer of the application from the public listener.
+func (t *throwAway) refused(ctx context.Context, port int, withCert bool) error {
+	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the server is not what is tested
+	if withCert {
+		conf.Certificates = []tls.Certificate{t.leaf.TLS()}
+	}
+	d := tls.Dialer{Config: conf}
+	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	if err != nil {
+		if withCert {
+			return fmt.Errorf("the handshake fails with a good certificate: %w", err)
+		}
+		return nil // refused in the handshake
+	}
+	defer c.Close()
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, request); err != nil {
+		return nil
+	}
+	got, _ := io.ReadAll(c)
+	if withCert && !strings.HasPrefix(string(got), "HTTP/1.1 403") {
+		return fmt.Errorf("answered %.60q, want a 403", got)
+	}
+	if !withCert && len(got) > 0 {
+		return fmt.Errorf("answered %.60q, want no answer", got)
+	}
+	return nil
+}

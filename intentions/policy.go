@@ -1,0 +1,304 @@
+// Package intentions decides who may call: Policy.Decide answers for one caller,
+// from data held in memory.
+//
+// Invariants: a Policy never changes after NewPolicy; the zero Policy denies
+// everybody; a question that cannot be answered is a deny. Decide does no I/O,
+// takes no lock and allocates nothing for a connection.
+//
+// The semantics are Consul's (docs: connect/intentions; source:
+// agent/xds/rbac.go): the matching intention of the highest precedence decides
+// alone. One that has permissions hides every lower one even when none of its
+// permissions matches: then the default policy answers.
+//
+// It may import certs. connect, connect/consul, haproxy/render and cmd use it.
+package intentions
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+)
+
+// Wildcard stands for every source.
+const Wildcard = "*"
+
+// Intention is one rule about who may call our service, as the match API lists it.
+type Intention struct {
+	Source      Source
+	Allow       bool // when there are no permissions
+	Permissions []Permission
+	Precedence  int
+	Unsupported string // why it can only deny here, "" for the usual case
+}
+
+// Source names callers; Name and Namespace may be Wildcard.
+type Source struct {
+	Name, Namespace, Partition string
+	Peer                       string // "" is our own cluster
+}
+
+// String is the source as Consul's UI shows it.
+func (s Source) String() string {
+	out := s.Name
+	if s.Namespace != "" && s.Namespace != "default" {
+		out = s.Namespace + "/" + out
+	}
+	if s.Peer != "" {
+		out = "peer " + s.Peer + " " + out
+	}
+	return out
+}
+
+// Permission is one L7 rule: every part that is set must match.
+type Permission struct {
+	Allow                            bool
+	PathExact, PathPrefix, PathRegex string
+	Methods                          []string
+	Headers                          []HeaderMatch
+	regex                            *regexp.Regexp
+	label                            string
+}
+
+// HeaderMatch is one condition on a header, as Consul's IntentionHTTPHeaderPermission.
+type HeaderMatch struct {
+	Name                                   string
+	Present                                bool
+	Exact, Prefix, Suffix, Contains, Regex string
+	Invert, IgnoreCase                     bool
+	regex                                  *regexp.Regexp
+}
+
+// Config is everything a Policy is made of.
+type Config struct {
+	Destination  string            // our service's name
+	TrustDomain  string            // our own; callers of any other are denied
+	Peers        map[string]string // peer name -> its trust domain
+	HTTP         bool              // false: an intention with permissions denies
+	DefaultAllow bool
+	Intentions   []Intention
+}
+
+// Policy is the compiled form. The zero value denies everybody.
+type Policy struct {
+	conf    Config
+	valid   bool
+	rules   []rule            // by falling precedence
+	exact   map[sourceKey]int // first rule that names the source exactly
+	wild    []int             // rules with a wildcard anywhere
+	byIndex Decision          // the default
+}
+
+type sourceKey struct{ trustDomain, partition, namespace, name string }
+
+type rule struct {
+	Intention
+	trustDomain string
+	decision    Decision
+}
+
+// Decision answers one question.
+type Decision struct {
+	Allow bool
+	// PerRequest: the answer depends on the request, and this one is not it.
+	PerRequest bool
+	// Rule is the intention or default that decided, one word for log and metric:
+	// "web=>api", "*=>api", "default", "identity", "web=>api#2" for a permission.
+	Rule string
+	// Reason says the same in words.
+	Reason string
+}
+
+// NewPolicy compiles. A permission that cannot be compiled is an error in that
+// intention alone: the intention then denies, and says why.
+func NewPolicy(c Config) *Policy {
+	p := &Policy{conf: c, valid: true, exact: map[sourceKey]int{}}
+	verb := "denies"
+	if c.DefaultAllow {
+		verb = "allows"
+	}
+	p.byIndex = Decision{Allow: c.DefaultAllow, Rule: "default", Reason: "no intention matches and the default policy " + verb}
+
+	list := slices.Clone(c.Intentions)
+	slices.SortStableFunc(list, func(a, b Intention) int { return b.Precedence - a.Precedence })
+	for _, in := range list {
+		r := rule{Intention: in, trustDomain: c.TrustDomain}
+		if in.Source.Peer != "" {
+			td, ok := c.Peers[in.Source.Peer]
+			if !ok {
+				continue // nobody can present an identity of a peer we do not know
+			}
+			r.trustDomain = td
+		}
+		name := in.Source.String() + "=>" + c.Destination
+		switch {
+		case in.Unsupported != "":
+			r.decision = Decision{Rule: name, Reason: "intention " + name + ": " + in.Unsupported}
+		case len(in.Permissions) > 0 && !c.HTTP:
+			r.decision = Decision{Rule: name, Reason: "intention " + name + " has L7 permissions, but the service speaks tcp"}
+		case len(in.Permissions) > 0:
+			r.decision = Decision{PerRequest: true, Rule: name, Reason: "intention " + name + " decides per request"}
+			r.Permissions = slices.Clone(in.Permissions)
+			for i := range r.Permissions {
+				if err := r.Permissions[i].compile(fmt.Sprintf("%s#%d", name, i+1)); err != nil {
+					r.decision = Decision{Rule: name, Reason: "intention " + name + ": " + err.Error()}
+					break
+				}
+			}
+		case in.Allow:
+			r.decision = Decision{Allow: true, Rule: name, Reason: "intention " + name + " allows"}
+		default:
+			r.decision = Decision{Rule: name, Reason: "intention " + name + " denies"}
+		}
+		at := len(p.rules)
+		p.rules = append(p.rules, r)
+		s := in.Source
+		if s.Name == Wildcard || s.Namespace == Wildcard {
+			p.wild = append(p.wild, at)
+			continue
+		}
+		k := sourceKey{r.trustDomain, orDefault(s.Partition), orDefault(s.Namespace), s.Name}
+		if _, taken := p.exact[k]; !taken {
+			p.exact[k] = at
+		}
+	}
+	return p
+}
+
+func orDefault(s string) string {
+	if s == "" {
+		return "default"
+	}
+	return s
+}
+
+// Destination is the service the policy protects.
+func (p *Policy) Destination() string { return p.conf.Destination }
+
+// Config returns what the policy was made of, for printing; do not change it.
+func (p *Policy) Config() Config { return p.conf }
+
+var (
+	noPolicy  = Decision{Rule: "none", Reason: "no policy is known yet"}
+	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
+)
+
+// Match finds the rule for a caller, without looking at a request.
+func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
+	if p == nil || !p.valid {
+		return -1, noPolicy
+	}
+	at := -1
+	if i, ok := p.exact[sourceKey{from.TrustDomain, from.Partition, from.Namespace, from.Service}]; ok {
+		at = i
+	}
+	for _, i := range p.wild {
+		if at >= 0 && i > at {
+			break
+		}
+		r := &p.rules[i]
+		if r.trustDomain == from.TrustDomain && orDefault(r.Source.Partition) == from.Partition &&
+			(r.Source.Namespace == Wildcard || orDefault(r.Source.Namespace) == from.Namespace) &&
+			(r.Source.Name == Wildcard || r.Source.Name == from.Service) {
+			at = i
+			break
+		}
+	}
+	if at >= 0 {
+		return at, p.rules[at].decision
+	}
+	if from.TrustDomain != p.conf.TrustDomain && !p.peerDomain(from.TrustDomain) {
+		return -1, foreignTD
+	}
+	return -1, p.byIndex
+}
+
+func (p *Policy) peerDomain(td string) bool {
+	for _, have := range p.conf.Peers {
+		if have == td {
+			return true
+		}
+	}
+	return false
+}
+
+// Decide answers for a connection (req nil) or for one request of it. When a
+// connection's answer depends on the request, PerRequest is set and Allow is not.
+func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
+	at, d := p.match(from)
+	if !d.PerRequest || req == nil {
+		return d
+	}
+	for i := range p.rules[at].Permissions {
+		perm := &p.rules[at].Permissions[i]
+		if perm.matches(req) {
+			if perm.Allow {
+				return Decision{Allow: true, Rule: perm.label, Reason: "a permission allows"}
+			}
+			return Decision{Rule: perm.label, Reason: "a permission denies"}
+		}
+	}
+	d = p.byIndex
+	d.Reason = "no permission of the intention matches; the default policy answers"
+	return d
+}
+
+// Considered lists every intention with the reason why it did or did not decide,
+// highest precedence first; the last line is the default policy. For people.
+func (p *Policy) Considered(from certs.SPIFFEID) []string {
+	at, d := p.match(from)
+	var out []string
+	for i := range p.rules {
+		r := &p.rules[i]
+		line := fmt.Sprintf("%d %s=>%s", r.Precedence, r.Source, p.conf.Destination)
+		switch {
+		case i == at:
+			line += ": decides (" + d.Reason + ")"
+		case at >= 0 && i > at:
+			line += ": hidden by a higher precedence"
+		default:
+			line += ": another source"
+		}
+		out = append(out, line)
+	}
+	if p == nil || !p.valid {
+		return []string{noPolicy.Reason}
+	}
+	line := "default policy " + map[bool]string{true: "allow", false: "deny"}[p.conf.DefaultAllow]
+	if at < 0 {
+		line += ": decides"
+	}
+	return append(out, line)
+}
+
+func (m *Permission) compile(label string) error {
+	m.label = label
+	m.Headers = slices.Clone(m.Headers)
+	if m.PathRegex != "" {
+		re, err := fullMatch(m.PathRegex)
+		if err != nil {
+			return fmt.Errorf("path regex %q: %w", m.PathRegex, err)
+		}
+		m.regex = re
+	}
+	for i := range m.Headers {
+		h := &m.Headers[i]
+		h.Name = strings.ToLower(h.Name)
+		if h.IgnoreCase {
+			h.Exact, h.Prefix, h.Suffix, h.Contains = strings.ToLower(h.Exact), strings.ToLower(h.Prefix), strings.ToLower(h.Suffix), strings.ToLower(h.Contains)
+		}
+		if h.Regex != "" {
+			re, err := fullMatch(h.Regex)
+			if err != nil {
+				return fmt.Errorf("regex %q of header %q: %w", h.Regex, h.Name, err)
+			}
+			h.regex = re
+		}
+	}
+	return nil
+}
+
+// fullMatch: Envoy matches a whole string against RE2.
+func fullMatch(re string) (*regexp.Regexp, error) { return regexp.Compile(`\A(?:` + re + `)\z`) }

@@ -1,0 +1,5 @@
+//go:build tools
+
+package consul
+
+import _ "github.com/hashicorp/consul"
