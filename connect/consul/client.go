@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"slices"
@@ -91,11 +92,32 @@ func NewClient(c Config) (*Client, error) {
 	}
 	// One idle connection per watch, or each poll would dial anew.
 	conf.Transport.MaxIdleConnsPerHost = 64
+	// Over HTTPS the agent speaks HTTP/2: all watches share one connection.
+	conf.Transport.ForceAttemptHTTP2 = true
 	client, err := api.NewClient(conf)
 	if err != nil {
 		return nil, fmt.Errorf("Consul client: %w", err)
 	}
+	conf.HttpClient.Transport = withQuery{conf.HttpClient.Transport}
 	return &Client{api: client, addr: conf.Address}, nil
+}
+
+// withQuery adds the query that a context carries: the library's raw call, which
+// gives the whole answer where its types leave fields out, takes only a path.
+type withQuery struct{ next http.RoundTripper }
+
+type queryKey struct{}
+
+func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
+	if q, ok := r.Context().Value(queryKey{}).(url.Values); ok {
+		r = r.Clone(r.Context())
+		all := r.URL.Query()
+		for k, v := range q {
+			all[k] = v
+		}
+		r.URL.RawQuery = all.Encode()
+	}
+	return w.next.RoundTrip(r)
 }
 
 // checkAddr refuses what the library would only refuse at the first request.
@@ -216,4 +238,14 @@ func (c *Client) Version(ctx context.Context) string {
 		return ""
 	}
 	return self.Config.Version
+}
+
+// Retryable reports whether waiting may cure an error: nobody answers, the agent
+// is starting or overloaded, or the token is not known yet.
+func Retryable(err error) bool {
+	if Unreachable(err) || errors.Is(err, context.DeadlineExceeded) {
+		return true
+	}
+	var s api.StatusError
+	return errors.As(err, &s) && (s.Code == 403 || s.Code == 429 || s.Code >= 500)
 }

@@ -235,7 +235,8 @@ type wireIntention struct {
 func (w *Watcher) fetchIntentions(service string) fetch {
 	return func(ctx context.Context, c *cursor) (func(*state), error) {
 		var got map[string][]wireIntention
-		meta, err := w.client.api.Raw().Query("/v1/connect/intentions/match?by=destination&name="+url.QueryEscape(service), &got, c.cached(ctx))
+		ctx = context.WithValue(ctx, queryKey{}, url.Values{"by": {"destination"}, "name": {service}})
+		meta, err := w.client.api.Raw().Query("/v1/connect/intentions/match", &got, c.cached(ctx))
 		if err != nil {
 			return nil, err
 		}

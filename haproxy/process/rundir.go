@@ -52,8 +52,25 @@ func WorkerAccount(name string) (Account, error) {
 // PrepareDir makes the run directory: closed to others, its keys closed to the
 // worker too, its sockets the worker's.
 func PrepareDir(dir string, a Account) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	// Parents may be passed through, not listed: the worker goes to its sockets.
+	if err := os.MkdirAll(filepath.Dir(dir), 0o711); err != nil {
 		return fmt.Errorf("-run-dir %q: %w", dir, errors.Unwrap(err))
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("-run-dir %q: %w", dir, errors.Unwrap(err))
+	}
+	for up := filepath.Dir(dir); a.User != "" && a.UID != 0; up = filepath.Dir(up) {
+		info, err := os.Stat(up)
+		if err != nil {
+			return fmt.Errorf("-run-dir %q: %w", dir, errors.Unwrap(err))
+		}
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if ok && info.Mode()&0o001 == 0 && !(int(st.Uid) == a.UID && info.Mode()&0o100 != 0) && !(int(st.Gid) == a.GID && info.Mode()&0o010 != 0) {
+			return fmt.Errorf("-run-dir %q: HAProxy's worker runs as %s, who may not pass through %s; choose another directory or another -user", dir, a.User, up)
+		}
+		if up == filepath.Dir(up) {
+			break
+		}
 	}
 	info, err := os.Lstat(dir)
 	if err != nil {

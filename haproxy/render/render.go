@@ -212,7 +212,6 @@ func (o *Options) defaults() *builder {
 		add("option clitcpka").
 		add("option srvtcpka").
 		add("option redispatch 1").
-		add("option idle-close-on-response").
 		add("timeout http-request 30s").
 		add("timeout connect 5s").
 		add("timeout client 1h").
@@ -290,6 +289,9 @@ func (o *Options) public(s *connect.Snapshot) (*Section, error) {
 		mode = "http"
 	}
 	b.add("mode %s", mode)
+	if mode == "http" {
+		b.add("option idle-close-on-response")
+	}
 	alpn := ""
 	switch {
 	case in.Protocol.IsHTTP2():
@@ -496,6 +498,7 @@ func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error
 	limit(f, u, http)
 	back0 := &Section{}
 	if http {
+		f.add("option idle-close-on-response") // or a reload would cut idle keep-alives under a request
 		f.add("http-request del-header X-Forwarded-Client-Cert")
 		b.add("balance roundrobin").add("http-reuse always")
 		b.add("retry-on conn-failure empty-response")

@@ -55,6 +55,10 @@ func (s Socket) Do(ctx context.Context, command string, payload []byte) (string,
 	if _, err := io.WriteString(c, line); err != nil {
 		return "", fmt.Errorf("command %q: %w", command, err)
 	}
+	// The master socket of 2.6 goes on waiting for commands until our side is closed.
+	if err := c.(*net.UnixConn).CloseWrite(); err != nil {
+		return "", fmt.Errorf("command %q: %w", command, err)
+	}
 	b, err := io.ReadAll(io.LimitReader(c, maxAnswer))
 	if err != nil {
 		return "", fmt.Errorf("command %q: %w", command, err)

@@ -1,0 +1,270 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+)
+
+// listenAdmin serves the admin address; "" when there is none.
+func (s *sidecar) listenAdmin(ctx context.Context, g *errgroup.Group) (string, error) {
+	if s.conf.adminAddr == "" {
+		return "", nil
+	}
+	ln, err := net.Listen("tcp", s.conf.adminAddr)
+	if err != nil {
+		return "", usagef("-admin-addr %q: cannot listen: %v; give another, or an empty one for none", s.conf.adminAddr, errors.Unwrap(err))
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /ready", s.ready)
+	mux.HandleFunc("GET /status.json", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, s.status()) })
+	mux.HandleFunc("GET /config", s.config)
+	mux.HandleFunc("GET /metrics", s.serveMetrics)
+	mux.Handle("GET /stats", s.stats())
+	mux.HandleFunc("POST /drain", loopback(s.quit))
+	mux.HandleFunc("POST /quit", loopback(s.quit))
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	g.Go(func() error {
+		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("admin listener: %w", err)
+		}
+		return nil
+	})
+	context.AfterFunc(ctx, func() { srv.Close() })
+	return ln.Addr().String(), nil
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	_ = e.Encode(v) // the client may be gone
+}
+
+// loopback lets only this host do what changes something, and no web page.
+func loopback(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.RemoteAddr)
+		if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() || r.Header.Get("Origin") != "" {
+			http.Error(w, "only from this host", http.StatusForbidden)
+			return
+		}
+		h(w, r)
+	}
+}
+
+func (s *sidecar) quit(w http.ResponseWriter, r *http.Request) {
+	s.stopping.Store(true)
+	fmt.Fprintln(w, "draining")
+	s.stop(fmt.Errorf("%s by the admin address", r.URL.Path[1:]))
+}
+
+// reasons says why the sidecar is not ready; empty when it is. It never blocks.
+func (s *sidecar) reasons() []string {
+	var out []string
+	if s.stopping.Load() {
+		out = append(out, "stopping")
+	}
+	phase := s.phase.Load()
+	if phase != nil && *phase != "" {
+		return append(out, "waiting for "+*phase)
+	}
+	snap := s.newest.Load()
+	if snap == nil {
+		out = append(out, "waiting for the first complete answer of Consul")
+		for _, f := range s.watcher.Feeds() {
+			if f.Err != "" {
+				out = append(out, f.Name+": "+f.Err)
+			} else if f.Answers == 0 {
+				out = append(out, f.Name+": not heard yet")
+			}
+		}
+		return out
+	}
+	st := s.manager.Status()
+	if !st.Ready {
+		out = append(out, "HAProxy has not taken a configuration yet")
+		if st.Err != "" {
+			out = append(out, st.Err)
+		}
+	} else if !s.proc.Up() {
+		out = append(out, "HAProxy is not running")
+	}
+	if time.Now().After(snap.Leaf.NotAfter) {
+		out = append(out, "the leaf certificate has expired")
+	}
+	return out
+}
+
+func (s *sidecar) ready(w http.ResponseWriter, _ *http.Request) {
+	reasons := s.reasons()
+	code := http.StatusOK
+	if len(reasons) > 0 {
+		code = http.StatusServiceUnavailable
+	}
+	answer(w, code, map[string]any{"ready": len(reasons) == 0, "reasons": reasons})
+}
+
+type statusEndpoint struct {
+	Name    string `json:"name"`
+	Node    string `json:"node"`
+	Address string `json:"address"`
+	Weight  int    `json:"weight"`
+}
+
+type statusUpstream struct {
+	Name      string           `json:"name"`
+	Listen    string           `json:"listen"`
+	Protocol  string           `json:"protocol"`
+	Target    string           `json:"target"`
+	Expects   []string         `json:"expects"`
+	Endpoints []statusEndpoint `json:"endpoints"`
+}
+
+type statusFeed struct {
+	Name    string    `json:"name"`
+	Error   string    `json:"error,omitempty"`
+	Since   time.Time `json:"since"`
+	Answers uint64    `json:"answers"`
+	Errors  uint64    `json:"errors"`
+}
+
+type statusReport struct {
+	Version   string            `json:"version"`
+	HAProxy   string            `json:"haproxy,omitempty"`
+	Ready     bool              `json:"ready"`
+	Reasons   []string          `json:"reasons,omitempty"`
+	Proxy     string            `json:"proxy,omitempty"`
+	Service   string            `json:"service,omitempty"`
+	SPIFFEID  string            `json:"spiffe_id,omitempty"`
+	Listen    string            `json:"listen,omitempty"`
+	Protocol  string            `json:"protocol,omitempty"`
+	Leaf      map[string]string `json:"leaf,omitempty"`
+	Roots     int               `json:"roots,omitempty"`
+	Upstreams []statusUpstream  `json:"upstreams"`
+	Feeds     []statusFeed      `json:"consul"`
+	Reloads   map[string]uint64 `json:"reloads"`
+	Last      string            `json:"last_reload,omitempty"`
+	Commands  uint64            `json:"runtime_commands"`
+	Error     string            `json:"error,omitempty"`
+	Ignored   []string          `json:"ignored"`
+	Policy    string            `json:"policy_generation,omitempty"`
+}
+
+func (s *sidecar) status() statusReport {
+	out := statusReport{Version: version(), Reasons: s.reasons(), Upstreams: []statusUpstream{}, Feeds: []statusFeed{}, Ignored: []string{}, Reloads: map[string]uint64{}}
+	out.Ready = len(out.Reasons) == 0
+	if phase := s.phase.Load(); phase == nil || *phase != "" {
+		return out // what follows is not made yet
+	}
+	out.HAProxy = s.binary.Version.String()
+	for _, f := range s.watcher.Feeds() {
+		out.Feeds = append(out.Feeds, statusFeed{f.Name, f.Err, f.Since, f.Answers, f.Errors})
+	}
+	st := s.manager.Status()
+	for r, n := range st.Reloads {
+		out.Reloads[string(r)] = n
+	}
+	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, s.agent.Generation()
+	snap := s.newest.Load()
+	if snap == nil {
+		return out
+	}
+	out.Proxy, out.Service, out.SPIFFEID = snap.Proxy.ID, snap.Proxy.Service, snap.Leaf.ID.String()
+	if snap.Inbound.Port != 0 {
+		out.Listen = fmt.Sprintf("%s:%d", snap.Inbound.Address, snap.Inbound.Port)
+		out.Protocol = string(snap.Inbound.Protocol)
+	}
+	out.Leaf = map[string]string{"serial": snap.Leaf.Serial, "until": snap.Leaf.NotAfter.UTC().Format(time.RFC3339),
+		"left": time.Until(snap.Leaf.NotAfter).Round(time.Second).String(), "key": snap.Leaf.KeyKind()}
+	out.Roots = snap.Roots.Count
+	for _, u := range snap.Upstreams {
+		one := statusUpstream{Name: u.Name, Protocol: string(u.Protocol), Target: u.Target.Name, Listen: u.Listen.SocketPath, Expects: []string{}, Endpoints: []statusEndpoint{}}
+		if one.Listen == "" {
+			one.Listen = fmt.Sprintf("%s:%d", u.Listen.Address, u.Listen.Port)
+		}
+		for _, id := range u.Target.IDs {
+			one.Expects = append(one.Expects, id.String())
+		}
+		for _, e := range u.Target.Endpoints {
+			one.Endpoints = append(one.Endpoints, statusEndpoint{e.ID, e.Node, fmt.Sprintf("%s:%d", e.Address, e.Port), e.Weight})
+		}
+		out.Upstreams = append(out.Upstreams, one)
+	}
+	for _, n := range snap.Notices {
+		out.Ignored = append(out.Ignored, n.String())
+	}
+	out.Ignored = append(out.Ignored, st.Refused...)
+	return out
+}
+
+func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {
+	if phase := s.phase.Load(); phase == nil || *phase != "" || s.manager.Status().Running == nil {
+		http.Error(w, "HAProxy has not taken a configuration yet", http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	printFiles(w, s.manager.Status().Running)
+}
+
+// printFiles prints every file of a configuration but keys.
+func printFiles(w io.Writer, c *render.Config) {
+	fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, render.MainFile, c.Text())
+	names := make([]string, 0, len(c.Files))
+	for n := range c.Files {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		if filepath.Ext(n) == ".lua" {
+			fmt.Fprintf(w, "==> %s/%s\n(the identity filter, as built in)\n\n", c.Dir, n)
+			continue
+		}
+		fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, n, c.Files[n])
+	}
+	fmt.Fprintf(w, "==> %s/%s\n%s(key redacted)\n\n", c.Dir, render.LeafFile, c.Leaf.ChainPEM)
+	fmt.Fprintf(w, "==> %s/%s\n%s", c.Dir, render.RootsFile, c.Roots.PEM)
+}
+
+// transport reaches HAProxy's own pages, on a socket of the run directory.
+func (s *sidecar) transport() *http.Transport {
+	return &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(s.dir, render.AdminSocket))
+	}, DisableKeepAlives: true, ResponseHeaderTimeout: 10 * time.Second}
+}
+
+func (s *sidecar) stats() http.Handler {
+	p := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", "haproxy" },
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
+			http.Error(w, "HAProxy is not running", http.StatusServiceUnavailable)
+		},
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if phase := s.phase.Load(); phase == nil || *phase != "" {
+			http.Error(w, "HAProxy is not running yet", http.StatusServiceUnavailable)
+			return
+		}
+		t := s.transport()
+		defer t.CloseIdleConnections()
+		one := *p
+		one.Transport = t
+		one.ServeHTTP(w, r)
+	})
+}

@@ -1,0 +1,333 @@
+package main
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/consul"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+)
+
+// config is every setting, checked.
+type config struct {
+	which        consul.Which
+	consul       consul.Config
+	register     bool
+	registration consul.Registration
+	haproxy      string
+	runDir       string
+	user         string
+	threads      int
+	maxConn      int
+	adminAddr    string
+	accessLog    string
+	originator   string
+	drain        time.Duration
+	hardStop     time.Duration
+	logLevel     string
+	logJSON      bool
+	configFile   string
+	args         []string
+	warnings     []string
+}
+
+// stringsFlag may be given several times.
+type stringsFlag []string
+
+func (s *stringsFlag) String() string     { return strings.Join(*s, ",") }
+func (s *stringsFlag) Set(v string) error { *s = append(*s, v); return nil }
+
+// environment names the variables of flags that have one of their own; every flag
+// also has HAPROXY_CONNECT_<FLAG>. Consul's library reads the CONSUL_* ones.
+var environment = map[string]string{"sidecar-for": "CONNECT_SIDECAR_FOR", "proxy-id": "CONNECT_PROXY_ID"}
+
+// aliases are flags of the old haproxy-consul-connect, by today's name.
+var aliases = map[string]string{"haproxy-cfg-base-path": "run-dir", "stats-addr": "admin-addr"}
+
+// obsolete flags are accepted and say why they do nothing.
+var obsolete = map[string]string{
+	"enable-intentions":      "intentions are always enforced",
+	"dataplane":              "no dataplane API is used",
+	"stats-service-register": "register the metrics port with Consul yourself, if you need it there",
+}
+
+func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
+	fs := flag.NewFlagSet(name, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	str := func(p *string, name, def, help string) { fs.StringVar(p, name, def, help) }
+	str(&c.which.SidecarFor, "sidecar-for", "", "`ID` of the service whose sidecar to run")
+	str(&c.which.ProxyID, "proxy-id", "", "`ID` of the proxy's own registration")
+	str(&c.which.SidecarForTag, "sidecar-for-tag", "", "run the sidecar of the one service with this `tag`")
+	str(&c.consul.Addr, "http-addr", "", "Consul agent: host:port, http://, https:// or unix:// `address` (CONSUL_HTTP_ADDR)")
+	str(&c.consul.Token, "token", "", "ACL `token`; prefer -token-file, others can see flags (CONSUL_HTTP_TOKEN)")
+	str(&c.consul.TokenFile, "token-file", "", "`file` with the ACL token (CONSUL_HTTP_TOKEN_FILE)")
+	str(&c.consul.CAFile, "ca-file", "", "CA `file` for the agent's HTTPS (CONSUL_CACERT)")
+	str(&c.consul.CAPath, "ca-path", "", "CA `directory` for the agent's HTTPS (CONSUL_CAPATH)")
+	str(&c.consul.ClientCert, "client-cert", "", "client certificate `file` for the agent's HTTPS (CONSUL_CLIENT_CERT)")
+	str(&c.consul.ClientKey, "client-key", "", "its key `file` (CONSUL_CLIENT_KEY)")
+	str(&c.consul.TLSServerName, "tls-server-name", "", "`name` to expect in the agent's certificate (CONSUL_TLS_SERVER_NAME)")
+	str(&c.consul.Namespace, "namespace", "", "enterprise `namespace` (CONSUL_NAMESPACE)")
+	str(&c.consul.Partition, "partition", "", "enterprise `partition` (CONSUL_PARTITION)")
+	fs.BoolVar(&c.register, "register", false, "register the sidecar, and deregister it on exit")
+	str(&c.registration.Service, "service", "", "with -register: `name` of the service")
+	fs.IntVar(&c.registration.Port, "port", 0, "with -register: `port` of the application on 127.0.0.1; 0 for a client only")
+	str(&c.registration.Listen, "listen", "", "with -register: `address:port` of the public listener (default: a free port from 21000 on)")
+	fs.Var((*stringsFlag)(&c.registration.Upstreams), "upstream", "with -register: `name:port` or name:address:port; may be repeated")
+	str(&c.haproxy, "haproxy", "haproxy", "HAProxy binary, a `path` or a name on PATH")
+	str(&c.runDir, "run-dir", "", "`directory` for configuration, keys and sockets (default /run/haproxy-connect/<proxy-id>)")
+	str(&c.user, "user", "", "unprivileged `user` of HAProxy's worker when started by root (default haproxy, else nobody)")
+	fs.IntVar(&c.threads, "threads", 2, "HAProxy's `threads`")
+	fs.IntVar(&c.maxConn, "max-conn", 0, "most concurrent `connections` (default: from the limit of open files)")
+	str(&c.adminAddr, "admin-addr", "127.0.0.1:1936", "`address:port` of status, metrics and statistics; empty for none")
+	str(&c.accessLog, "access-log", "off", "access log on standard output: `off|text|json`")
+	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
+	fs.DurationVar(&c.drain, "drain-timeout", 30*time.Second, "how long open sessions may go on after a stop: `duration`")
+	fs.DurationVar(&c.hardStop, "hard-stop-after", 30*time.Minute, "how long sessions of a replaced HAProxy worker may go on: `duration`")
+	str(&c.logLevel, "log-level", "info", "`debug|info|warn|error`")
+	fs.BoolVar(&c.logJSON, "log-json", false, "log in JSON")
+	str(&c.configFile, "config-file", "", "JSON `file` with flags as keys, for what neither flag nor environment sets")
+	for old, now := range aliases {
+		f := fs.Lookup(now)
+		fs.Var(f.Value, old, "old name of -"+now)
+	}
+	for old, why := range obsolete {
+		fs.Var(noop{&c.warnings, old, why}, old, "accepted, does nothing: "+why)
+	}
+	fs.Usage = func() {
+		fmt.Fprintf(errw, "%s\nFlags:\n", usage)
+		fs.SetOutput(errw)
+		fs.PrintDefaults()
+		fs.SetOutput(io.Discard)
+	}
+	return fs
+}
+
+type noop struct {
+	warnings *[]string
+	name     string
+	why      string
+}
+
+func (n noop) String() string   { return "" }
+func (n noop) IsBoolFlag() bool { return n.name == "enable-intentions" }
+func (n noop) Set(string) error {
+	*n.warnings = append(*n.warnings, fmt.Sprintf("-%s does nothing: %s", n.name, n.why))
+	return nil
+}
+
+// parse reads flags, then environment, then the file. Every error names its source.
+func parse(fs *flag.FlagSet, c *config, args []string) error {
+	if err := fs.Parse(args); err != nil {
+		if err == flag.ErrHelp {
+			return err
+		}
+		return usageError{oneLine(err)}
+	}
+	c.args = fs.Args()
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) {
+		given[f.Name] = true
+		if now, ok := aliases[f.Name]; ok {
+			given[now] = true
+		}
+	})
+	var err error
+	set := func(name, value, from string) {
+		if err == nil {
+			if e := fs.Set(name, value); e != nil {
+				err = usagef("%s: %q: %v", from, value, oneLine(e))
+			}
+			given[name] = true
+		}
+	}
+	fs.VisitAll(func(f *flag.Flag) {
+		if given[f.Name] || aliases[f.Name] != "" || obsolete[f.Name] != "" {
+			return
+		}
+		own := "HAPROXY_CONNECT_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		for _, name := range []string{own, environment[f.Name]} {
+			if v, ok := os.LookupEnv(name); ok && v != "" && !given[f.Name] {
+				set(f.Name, v, name)
+			}
+		}
+	})
+	if err == nil && c.configFile != "" {
+		err = fromFile(fs, c.configFile, given, set)
+	}
+	return err
+}
+
+func fromFile(fs *flag.FlagSet, file string, given map[string]bool, set func(name, value, from string)) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return usagef("-config-file %q: %v", file, unwrapPath(err))
+	}
+	var m map[string]any
+	if err := json.Unmarshal(b, &m); err != nil {
+		return usagef("-config-file %q: not a JSON object of flags: %v", file, err)
+	}
+	for k, v := range m {
+		if fs.Lookup(k) == nil {
+			return usagef("-config-file %q: key %q is not a flag", file, k)
+		}
+		if given[k] {
+			continue
+		}
+		values := []any{v}
+		if list, ok := v.([]any); ok {
+			values = list
+		}
+		for _, one := range values {
+			set(k, fmt.Sprint(one), fmt.Sprintf("-config-file %q: key %s", file, k))
+		}
+	}
+	return nil
+}
+
+func oneLine(err error) error {
+	return fmt.Errorf("%s", strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", " "))
+}
+
+func unwrapPath(err error) error {
+	if p, ok := err.(*os.PathError); ok {
+		return p.Err
+	}
+	return err
+}
+
+// validate checks what belongs to every command that talks to Consul.
+func (c *config) validate() error {
+	n := 0
+	for _, s := range []string{c.which.ProxyID, c.which.SidecarFor, c.which.SidecarForTag} {
+		if s != "" {
+			n++
+		}
+	}
+	switch {
+	case c.register && n > 0:
+		return usagef("-register and -sidecar-for, -proxy-id or -sidecar-for-tag: give one of them")
+	case !c.register && n == 0:
+		return usagef("No proxy ID specified. One of -proxy-id, -sidecar-for, -sidecar-for-tag or -register is required")
+	case n > 1:
+		return usagef("-proxy-id, -sidecar-for and -sidecar-for-tag: give one of them")
+	}
+	if c.register {
+		if err := c.registration.Validate(); err != nil {
+			return usageError{err}
+		}
+		c.which.ProxyID = c.registration.ID()
+	} else if c.registration.Service != "" || c.registration.Port != 0 || c.registration.Listen != "" || len(c.registration.Upstreams) > 0 {
+		return usagef("-service, -port, -listen and -upstream only go with -register")
+	}
+	switch c.accessLog {
+	case "off", "text", "json":
+	default:
+		return usagef("-access-log %q: want off, text or json", c.accessLog)
+	}
+	switch c.originator {
+	case "haproxy", "go", "auto":
+	default:
+		return usagef("-originator %q: want haproxy, go or auto", c.originator)
+	}
+	if c.threads < 1 || c.threads > 64 {
+		return usagef("-threads %d: want 1 to 64", c.threads)
+	}
+	if c.maxConn < 0 || c.maxConn > 1_000_000 {
+		return usagef("-max-conn %d: want 1 to 1000000, or 0 to derive it", c.maxConn)
+	}
+	if c.drain < 0 || c.drain > 24*time.Hour {
+		return usagef("-drain-timeout %s: want 0s to 24h", c.drain)
+	}
+	if c.hardStop < time.Second || c.hardStop > 24*24*time.Hour {
+		return usagef("-hard-stop-after %s: want 1s to 576h", c.hardStop)
+	}
+	if _, err := c.level(); err != nil {
+		return err
+	}
+	if err := checkAdmin(c.adminAddr); err != nil {
+		return err
+	}
+	if c.runDir != "" {
+		if _, err := render.New(render.Options{Dir: c.runDir}); err != nil {
+			return usagef("-run-dir %q: want a path of at most 64 plain characters", c.runDir)
+		}
+		if !filepath.IsAbs(c.runDir) {
+			return usagef("-run-dir %q: want an absolute path", c.runDir)
+		}
+	}
+	return nil
+}
+
+func checkAdmin(addr string) error {
+	if addr == "" {
+		return nil
+	}
+	_, p, err := net.SplitHostPort(addr)
+	if n, e := strconv.Atoi(p); err != nil || e != nil || n < 0 || n > 65535 {
+		return usagef("-admin-addr %q: want address:port, or nothing for none", addr)
+	}
+	return nil
+}
+
+func (c *config) level() (slog.Level, error) {
+	switch strings.ToLower(c.logLevel) {
+	case "trace", "debug":
+		return slog.LevelDebug, nil
+	case "info":
+		return slog.LevelInfo, nil
+	case "warn", "warning":
+		return slog.LevelWarn, nil
+	case "error", "err":
+		return slog.LevelError, nil
+	}
+	return 0, usagef("-log-level %q: want debug, info, warn or error", c.logLevel)
+}
+
+func (c *config) logger(w io.Writer) *slog.Logger {
+	level, _ := c.level() // validated
+	o := &slog.HandlerOptions{Level: level}
+	if c.logJSON {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
+
+// dir is the run directory of a proxy.
+func (c *config) dir(proxyID string) string {
+	if c.runDir != "" {
+		return filepath.Clean(c.runDir)
+	}
+	base := "/run/haproxy-connect"
+	if os.Geteuid() != 0 {
+		base = os.Getenv("XDG_RUNTIME_DIR")
+		if base == "" {
+			base = filepath.Join(os.TempDir(), "haproxy-connect-"+uid())
+		} else {
+			base = filepath.Join(base, "haproxy-connect")
+		}
+	}
+	name := connect.SafeName(proxyID)
+	if len(base)+1+len(name) > 64 {
+		name = connect.Digest(proxyID)
+	}
+	return filepath.Join(base, name)
+}
+
+func uid() string {
+	u, err := user.Current()
+	if err != nil {
+		return strconv.Itoa(os.Geteuid())
+	}
+	return u.Uid
+}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+)
+
+// maxCallers bounds the label values of authorizations_total: callers beyond it
+// are counted together.
+const maxCallers = 500
+
+// metrics are ours; HAProxy's own come from its exporter, in the same scrape.
+type metrics struct {
+	side     *sidecar
+	registry *prometheus.Registry
+	authz    *prometheus.CounterVec
+
+	mu      sync.Mutex
+	callers map[string]bool
+
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready *prometheus.Desc
+}
+
+func newMetrics(s *sidecar) *metrics {
+	const ns = "haproxy_connect_"
+	d := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(ns+name, help, labels, nil)
+	}
+	m := &metrics{
+		side: s, registry: prometheus.NewRegistry(), callers: map[string]bool{},
+		authz: prometheus.NewCounterVec(prometheus.CounterOpts{Name: ns + "authorizations_total",
+			Help: "Verdicts by caller's SPIFFE ID, verdict and the rule that decided."}, []string{"source", "verdict", "rule"}),
+		reloads:     d("reloads_total", "Reloads of HAProxy by reason.", "reason"),
+		applyErrors: d("apply_errors_total", "Failed attempts to bring HAProxy up to date, by stage.", "stage"),
+		ignored:     d("config_ignored", "Settings in Consul that are not honoured, by key; 1 each.", "key"),
+		leafLeft:    d("leaf_expiry_seconds", "Seconds until the leaf certificate ends; negative once it has."),
+		leafEnd:     d("leaf_not_after_timestamp_seconds", "When the leaf certificate ends, as Unix time."),
+		age:         d("snapshot_age_seconds", "Seconds since the mesh last changed for this sidecar."),
+		commands:    d("runtime_commands_total", "Changes made to HAProxy without a reload."),
+		drifts:      d("drifts_total", "Times HAProxy was found in another state than it was left in."),
+		restarts:    d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
+		endpoints:   d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
+		watchErrors: d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
+		ready:       d("ready", "1 when the sidecar is ready."),
+	}
+	m.registry.MustRegister(m, m.authz, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// authorization is asked once per answer and generation by the agent.
+func (m *metrics) authorization(source string, d intentions.Decision) spoe.Counter {
+	verdict := spoe.Deny
+	switch {
+	case d.PerRequest:
+		verdict = spoe.Ask
+	case d.Allow:
+		verdict = spoe.Allow
+	}
+	m.mu.Lock()
+	if !m.callers[source] {
+		if len(m.callers) < maxCallers {
+			m.callers[source] = true
+		} else {
+			source = "others"
+		}
+	}
+	m.mu.Unlock()
+	return m.authz.WithLabelValues(source, verdict, d.Rule)
+}
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *metrics) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	s := m.side
+	ready := 0.0
+	if len(s.reasons()) == 0 {
+		ready = 1
+	}
+	gauge(m.ready, ready)
+	counter(m.restarts, s.restarts.Load())
+	if phase := s.phase.Load(); phase == nil || *phase != "" {
+		return
+	}
+	st := s.manager.Status()
+	for r, n := range st.Reloads {
+		counter(m.reloads, n, string(r))
+	}
+	for stage, n := range st.Errors {
+		counter(m.applyErrors, n, stage)
+	}
+	counter(m.commands, st.Commands)
+	counter(m.drifts, st.Drifts)
+	for _, f := range s.watcher.Feeds() {
+		counter(m.watchErrors, f.Errors, f.Name)
+	}
+	snap := s.newest.Load()
+	if snap == nil {
+		return
+	}
+	gauge(m.leafLeft, time.Until(snap.Leaf.NotAfter).Seconds())
+	gauge(m.leafEnd, float64(snap.Leaf.NotAfter.Unix()))
+	gauge(m.age, time.Since(time.Unix(0, s.heard.Load())).Seconds())
+	seen := map[string]bool{}
+	for _, n := range snap.Notices {
+		if !seen[n.Key] && len(seen) < 100 {
+			seen[n.Key] = true
+			gauge(m.ignored, 1, label(n.Key))
+		}
+	}
+	for _, u := range snap.Upstreams {
+		gauge(m.endpoints, float64(len(u.Target.Endpoints)), u.Name)
+	}
+}
+
+// label bounds a label value that came from Consul.
+func label(s string) string {
+	if len(s) > 100 {
+		s = s[:100]
+	}
+	b := []byte(s)
+	for i := range b {
+		if b[i] < ' ' || b[i] > '~' {
+			b[i] = '?'
+		}
+	}
+	return string(b)
+}
+
+// serveMetrics writes ours, then HAProxy's: the names never meet.
+func (s *sidecar) serveMetrics(w http.ResponseWriter, r *http.Request) {
+	plain := r.Clone(r.Context())
+	plain.Header.Set("Accept", "text/plain;version=0.0.4")
+	promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{DisableCompression: true}).ServeHTTP(w, plain)
+	if phase := s.phase.Load(); phase == nil || *phase != "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://haproxy/metrics?"+r.URL.RawQuery, nil)
+	if err != nil {
+		return
+	}
+	t := s.transport()
+	defer t.CloseIdleConnections()
+	res, err := t.RoundTrip(req)
+	if err != nil {
+		fmt.Fprintln(w, "# HAProxy does not answer")
+		return
+	}
+	defer res.Body.Close()
+	if res.StatusCode == http.StatusOK {
+		_, _ = io.Copy(w, res.Body)
+	}
+}

@@ -1,0 +1,447 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/consul"
+	"github.com/haproxy-connect/haproxy-connect/connect/dialer"
+	"github.com/haproxy-connect/haproxy-connect/haproxy"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+)
+
+// urgent ends everything at once; the second signal calls hurry.
+var urgent, hurry = context.WithCancel(context.Background())
+
+// sidecar is one running sidecar: what the admin listener shows.
+type sidecar struct {
+	conf    *config
+	log     *slog.Logger
+	out     io.Writer
+	begun   time.Time
+	binary  *process.Binary
+	account process.Account
+	dir     string
+	client  *consul.Client
+	watcher *consul.Watcher
+	agent   *spoe.Agent
+	proc    *process.Process
+	manager *haproxy.Manager
+	dial    *dialer.Dialer // nil unless Go originates
+	metrics *metrics
+
+	phase    atomic.Pointer[string] // what it waits for, "" once everything runs
+	stopping atomic.Bool
+	stop     context.CancelCauseFunc
+	newest   atomic.Pointer[connect.Snapshot]
+	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
+	restarts atomic.Uint64
+	noticed  map[connect.Notice]bool
+}
+
+func (s *sidecar) waiting(what string) { s.phase.Store(&what) }
+
+func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
+	var c config
+	fs := newFlags("haproxy-connect", &c, errw)
+	version := fs.Bool("version", false, "print versions and exit")
+	if err := parse(fs, &c, args); err != nil {
+		return err
+	}
+	if *version {
+		return printVersion(ctx, &c, out)
+	}
+	if len(c.args) > 0 {
+		return usagef("unexpected argument %q", c.args[0])
+	}
+	if err := c.validate(); err != nil {
+		return err
+	}
+	client, err := consul.NewClient(c.consul)
+	if err != nil {
+		return usageError{err}
+	}
+	s := &sidecar{conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}}
+	for _, w := range c.warnings {
+		s.log.Warn(w)
+	}
+	return s.run(ctx)
+}
+
+// run starts in the order of the design, and stops in the reverse.
+func (s *sidecar) run(ctx context.Context) error {
+	ctx, s.stop = context.WithCancelCause(ctx)
+	defer s.stop(nil)
+	s.waiting("HAProxy's binary")
+	s.metrics = newMetrics(s)
+
+	// Data lives longer than control: the agent must answer the last worker.
+	data, dataCtx := errgroup.WithContext(urgent)
+	dataCtx, endData := context.WithCancel(dataCtx)
+	defer endData()
+	admin, err := s.listenAdmin(dataCtx, data)
+	if err != nil {
+		return err
+	}
+	if admin != "" {
+		s.log.Info("status, metrics and statistics", "address", "http://"+admin)
+	}
+	err = s.serve(ctx, dataCtx, data)
+	endData()
+	if e := data.Wait(); err == nil && !errors.Is(e, context.Canceled) {
+		err = e
+	}
+	if cause := context.Cause(ctx); err != nil && ctx.Err() != nil && errors.Is(err, cause) {
+		err = nil // asked to stop while it waited
+	}
+	return err
+}
+
+func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err error) {
+	if s.binary, err = process.Find(ctx, s.conf.haproxy); err != nil {
+		return usageError{err}
+	}
+	if s.account, err = process.WorkerAccount(s.conf.user); err != nil {
+		return usageError{err}
+	}
+	if err := checkFiles(&s.conf.maxConn, s.log); err != nil {
+		return err
+	}
+
+	tested := make(chan error, 1) // beside the wait for Consul
+	go func() { tested <- s.selfTest(dataCtx) }()
+
+	if s.conf.register {
+		err := s.retry(ctx, "the agent, to register", func(ctx context.Context) error { return s.client.Register(ctx, s.conf.registration) })
+		if err != nil {
+			return err
+		}
+		var beat sync.WaitGroup
+		beatCtx, endBeat := context.WithCancel(dataCtx)
+		beat.Add(1)
+		go func() {
+			defer beat.Done()
+			s.client.Beat(beatCtx, s.conf.registration, s.log, func() (bool, string) {
+				reasons := s.reasons()
+				return len(reasons) == 0, strings.Join(reasons, "; ")
+			})
+		}()
+		// First of all on the way out: nobody should be sent here any more.
+		defer beat.Wait()
+		defer endBeat()
+		context.AfterFunc(ctx, endBeat)
+	}
+
+	var id string
+	if err := s.retry(ctx, "a registration", func(ctx context.Context) (err error) {
+		id, err = s.client.Lookup(ctx, s.conf.which)
+		return err
+	}); err != nil {
+		return err
+	}
+	s.dir = s.conf.dir(id)
+	if err := process.PrepareDir(s.dir, s.account); err != nil {
+		return err
+	}
+	unlock, err := lockDir(s.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	originator := render.Originator(s.conf.originator)
+	s.waiting("the self-test")
+	if err := <-tested; err != nil {
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case originator == "auto":
+			s.log.Warn("this HAProxy does not pass the self-test; TLS to upstreams is spoken by the Go originator", "error", err)
+			originator = render.Go
+		case originator == render.Lua:
+			return fmt.Errorf("%w; -originator auto or go would run without HAProxy's connectors", err)
+		default:
+			s.log.Warn("this HAProxy does not pass the self-test of its connectors, which are not used", "error", err)
+		}
+	} else if originator == "auto" {
+		originator = render.Lua
+	}
+	return s.start(ctx, dataCtx, data, id, originator)
+}
+
+// start wires the arrows of the design and waits for the end.
+func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
+	f := s.binary.Version.Features()
+	renderer, err := render.New(render.Options{
+		Dir: s.dir, User: s.account.User, Group: s.account.Group, Threads: s.conf.threads, MaxConn: s.conf.maxConn,
+		HardStopAfter: s.conf.hardStop, AccessLog: render.AccessLog(s.conf.accessLog), Originator: originator,
+		LuaBool: f.LuaBool, NoSNIAuto: f.NoSNIAuto, PoolParam: f.PoolParam,
+	})
+	if err != nil {
+		return err
+	}
+	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied})
+	ln, err := s.listenAuthz()
+	if err != nil {
+		return err
+	}
+	data.Go(func() error { return s.agent.Serve(dataCtx, ln) })
+
+	procCtx, endProc := context.WithCancel(dataCtx)
+	defer endProc()
+	s.proc = process.New(process.Config{
+		Binary: s.binary, Dir: s.dir, File: filepath.Join(s.dir, render.MainFile), Log: s.log, Line: s.accessLine,
+		Serving: func() { s.manager.Restarted() },
+		Died:    func(error) { s.restarts.Add(1) },
+	})
+	conf := haproxy.Config{
+		Dir: s.dir, Renderer: renderer, Proxy: s.proc, Can: haproxy.Can{CACommit: f.CACommit}, Log: s.log,
+		Generation: s.agent.Generation,
+		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
+	}
+	if originator == render.Go {
+		s.dial = dialer.New(s.log, s.own)
+		data.Go(func() error { return s.dial.Run(dataCtx) })
+		conf.Applied = s.dialSlots
+	}
+	s.manager = haproxy.NewManager(conf)
+	s.watcher = consul.NewWatcher(s.client, id, s.log)
+	s.waiting("")
+
+	procDone := make(chan error, 1)
+	go func() { procDone <- s.proc.Run(procCtx) }()
+	control, controlCtx := errgroup.WithContext(ctx)
+	control.Go(func() error { return s.manager.Run(controlCtx) })
+	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
+	s.log.Info("sidecar starts", "proxy", id, "haproxy", s.binary.Version, "run_dir", s.dir, "agent", s.client.Addr())
+	err = control.Wait() // ctx ended, or a part failed
+
+	s.stopping.Store(true)
+	s.log.Info("stopping", "cause", context.Cause(ctx), "drain_timeout", s.conf.drain)
+	s.drainInbound(dataCtx)
+	s.proc.Drain(2 * time.Second)
+	if e := <-procDone; err == nil {
+		err = e
+	}
+	return errors.Join(err, s.cleanDir())
+}
+
+// publish takes a new snapshot: the policy is in force before anything else.
+func (s *sidecar) publish(snap *connect.Snapshot) {
+	old := s.newest.Swap(snap)
+	s.heard.Store(time.Now().UnixNano())
+	if old == nil || old.Policy != snap.Policy {
+		s.agent.SetPolicy(snap.Policy)
+	}
+	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
+		s.dial.SetIdentity(snap.Leaf, snap.Roots)
+	}
+	for _, n := range snap.Notices {
+		if !s.noticed[n] {
+			s.noticed[n] = true
+			s.log.Warn(n.String())
+		}
+	}
+	if p := snap.Inbound.UnsecuredPort; p != 0 && (old == nil || old.Inbound.UnsecuredPort != p) {
+		s.log.Warn("unsecured_bind_port is open: no TLS, no intentions, anybody who reaches it is let in", "port", p)
+	}
+	if old == nil || old.Leaf != snap.Leaf {
+		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	s.manager.Want(snap)
+}
+
+func (s *sidecar) denied(source string, d intentions.Decision) {
+	s.log.Warn("caller denied", "source", source, "destination", s.agent.Policy().Destination(), "rule", d.Rule, "reason", d.Reason)
+}
+
+// dialSlots tells the Go originator what each socket stands for.
+func (s *sidecar) dialSlots(c *render.Config) error {
+	want := map[string]dialer.Endpoint{}
+	for class, t := range c.Slots {
+		for value, n := range t.Used {
+			addr, ids := render.ParseSlotValue(value)
+			want[filepath.Join(s.dir, render.SlotSocket(render.Slot{Class: class, ID: n}))] = dialer.Endpoint{
+				Address: addr, IDs: ids, ALPN: render.ClassALPN(class), Timeout: render.ClassTimeout(class)}
+		}
+	}
+	return s.dial.Set(want)
+}
+
+func (s *sidecar) own(path string) error {
+	if s.account.User == "" {
+		return nil
+	}
+	return os.Chown(path, s.account.UID, s.account.GID)
+}
+
+func (s *sidecar) listenAuthz() (net.Listener, error) {
+	path := filepath.Join(s.dir, render.AuthzSocket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(os.Chmod(path, 0o600), s.own(path)); err != nil {
+		ln.Close()
+		return nil, err
+	}
+	return ln, nil
+}
+
+// retry waits for Consul with one clear line per kind of trouble.
+func (s *sidecar) retry(ctx context.Context, what string, try func(context.Context) error) error {
+	s.waiting(what + " at " + s.client.Addr())
+	final := func(err error) bool {
+		return err != nil && !errors.Is(err, consul.ErrNotRegistered) && !consul.Retryable(err)
+	}
+	return consul.Retry(ctx, final, func(err error) {
+		s.log.Warn("waiting for "+what, "agent", s.client.Addr(), "because", err)
+	}, try)
+}
+
+// selfTest proves the connectors on this binary, in a directory of its own.
+func (s *sidecar) selfTest(ctx context.Context) error {
+	dir, err := os.MkdirTemp("", "hc-selftest-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	run := filepath.Join(dir, "r")
+	if err := os.Chmod(dir, 0o711); err != nil { // the worker passes to its sockets
+		return err
+	}
+	if err := process.PrepareDir(run, s.account); err != nil {
+		return err
+	}
+	f := s.binary.Version.Features()
+	begun := time.Now()
+	err = haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, NoSNIAuto: f.NoSNIAuto, MaxConn: 100},
+		func(d string) error { return process.OwnSocketDir(d, s.account) },
+		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
+	if err == nil {
+		s.log.Debug("self-test passed", "took", time.Since(begun).Round(time.Millisecond))
+	}
+	return err
+}
+
+// drainInbound stops accepting callers and waits until their sessions have ended;
+// the upstreams stay open meanwhile, as the application needs them to finish.
+func (s *sidecar) drainInbound(ctx context.Context) {
+	if !s.proc.Up() || s.conf.drain == 0 {
+		return
+	}
+	snap := s.newest.Load()
+	if snap == nil || snap.Inbound.Port == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
+	defer cancel()
+	running := s.manager.Status().Running
+	var fronts []string
+	for _, sec := range running.Sections {
+		name, ok := strings.CutPrefix(sec.Name, "frontend ")
+		if ok && (name == "public" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
+			fronts = append(fronts, name)
+			if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
+				return
+			}
+		}
+	}
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for {
+		out, err := s.proc.Do(ctx, "show sess", nil)
+		if err != nil {
+			return
+		}
+		open := 0
+		for line := range strings.Lines(out) {
+			for _, f := range fronts {
+				if strings.Contains(line, " fe="+f+" ") {
+					open++
+				}
+			}
+		}
+		if open == 0 {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			s.log.Warn("sessions are still open after the drain timeout; they are cut", "open", open)
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// accessLine hands on what HAProxy logs: access lines to standard output, the
+// rest, which is about HAProxy itself, to our own log.
+func (s *sidecar) accessLine(line string) {
+	if rest, ok := strings.CutPrefix(line, "access "); ok || strings.HasPrefix(line, `{"access":`) {
+		fmt.Fprintln(s.out, rest)
+		return
+	}
+	s.log.Debug("haproxy", "says", line)
+}
+
+// lockDir keeps a second sidecar out of a run directory.
+func lockDir(dir string) (func(), error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("-run-dir %q: another haproxy-connect runs in it", dir)
+	}
+	return func() { f.Close() }, nil
+}
+
+// cleanDir removes keys and sockets; nothing of the mesh stays behind.
+func (s *sidecar) cleanDir() error {
+	return errors.Join(os.RemoveAll(filepath.Join(s.dir, "tls")), os.RemoveAll(filepath.Join(s.dir, "sock")), os.RemoveAll(filepath.Join(s.dir, "maps")))
+}
+
+// checkFiles derives the connection limit from the limit of open files.
+func checkFiles(maxConn *int, log *slog.Logger) error {
+	var r syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
+		return err
+	}
+	// A request of an HTTP upstream holds four descriptors: both ends of the
+	// caller's and of the connector's connection. The rest is for listeners.
+	most := 1_000_000
+	if r.Max < 5_000_000 {
+		most = (int(r.Max) - 300) / 5
+	}
+	if most < 50 {
+		return fmt.Errorf("the limit of open files is %d: raise it to 1024 at least (ulimit -n, LimitNOFILE=)", r.Max)
+	}
+	if *maxConn == 0 {
+		*maxConn = min(8192, most)
+	} else if *maxConn > most {
+		log.Warn("-max-conn is more than the limit of open files allows", "max_conn", *maxConn, "used", most, "limit", r.Max)
+		*maxConn = most
+	}
+	return nil
+}

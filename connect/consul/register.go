@@ -1,0 +1,182 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// Registration is a sidecar that registers itself.
+type Registration struct {
+	Service   string // the represented service
+	Port      int    // of the application; 0: a client only
+	Listen    string // addr:port of the public listener; "" picks a free port
+	Upstreams []string
+}
+
+// Ports that Consul itself gives to sidecars.
+const firstPort, lastPort = 21000, 21255
+
+// ID of the sidecar, as Consul names those it makes.
+func (r Registration) ID() string { return r.Service + "-sidecar-proxy" }
+
+func (r Registration) check() string { return "service:" + r.ID() + ":haproxy-connect" }
+
+// ParseUpstream reads name[.query]:[addr:]port.
+func ParseUpstream(s string) (api.Upstream, error) {
+	bad := func() (api.Upstream, error) {
+		return api.Upstream{}, fmt.Errorf("-upstream %q: want name:port or name:address:port, the name may end in .query", s)
+	}
+	name, rest, ok := strings.Cut(s, ":")
+	if !ok || name == "" {
+		return bad()
+	}
+	u := api.Upstream{DestinationType: api.UpstreamDestTypeService, DestinationName: strings.TrimSuffix(name, ".service")}
+	if q, is := strings.CutSuffix(name, ".query"); is {
+		u.DestinationType, u.DestinationName = api.UpstreamDestTypePreparedQuery, q
+	}
+	portText := rest
+	if strings.Contains(rest, ":") {
+		host, p, err := net.SplitHostPort(rest)
+		if err != nil || net.ParseIP(host) == nil {
+			return bad()
+		}
+		u.LocalBindAddress, portText = host, p
+	}
+	n, err := strconv.Atoi(portText)
+	if err != nil || !port(n) || u.DestinationName == "" {
+		return bad()
+	}
+	u.LocalBindPort = n
+	return u, nil
+}
+
+// Build makes the registration as Consul takes it. Errors name the flag.
+func (r Registration) build() (*api.AgentServiceRegistration, error) {
+	reg := &api.AgentServiceRegistration{
+		Kind: api.ServiceKindConnectProxy, ID: r.ID(), Name: r.ID(),
+		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: r.Service, DestinationServiceID: r.Service, LocalServicePort: r.Port},
+		// Held up by Beat: only a sidecar that serves is passing.
+		Check: &api.AgentServiceCheck{CheckID: r.check(), Name: "haproxy-connect is ready", TTL: "30s", Status: api.HealthCritical},
+	}
+	if r.Port != 0 {
+		reg.Proxy.LocalServiceAddress = "127.0.0.1"
+	}
+	for _, s := range r.Upstreams {
+		u, err := ParseUpstream(s)
+		if err != nil {
+			return nil, err
+		}
+		reg.Proxy.Upstreams = append(reg.Proxy.Upstreams, u)
+	}
+	if r.Listen != "" {
+		host, p, err := net.SplitHostPort(r.Listen)
+		n, perr := strconv.Atoi(p)
+		if err != nil || perr != nil || !port(n) || host != "" && net.ParseIP(host) == nil {
+			return nil, fmt.Errorf("-listen %q: want address:port or :port", r.Listen)
+		}
+		reg.Address, reg.Port = host, n
+	}
+	return reg, nil
+}
+
+// Validate reports the first thing wrong with a registration.
+func (r Registration) Validate() error {
+	if r.Service == "" {
+		return errors.New("-register needs -service NAME")
+	}
+	if r.Port < 0 || r.Port > 65535 {
+		return fmt.Errorf("-port %d: want 1 to 65535", r.Port)
+	}
+	_, err := r.build()
+	return err
+}
+
+// Register puts the sidecar into the agent, with a port of Consul's own range that
+// is free here and in the agent. What is registered already under this ID is kept
+// on its port.
+func (c *Client) Register(ctx context.Context, r Registration) error {
+	reg, err := r.build()
+	if err != nil {
+		return err
+	}
+	if reg.Port == 0 && r.Port != 0 {
+		if reg.Port, err = c.freePort(ctx, r.ID()); err != nil {
+			return err
+		}
+	}
+	return c.api.Agent().ServiceRegisterOpts(reg, (api.ServiceRegisterOpts{}).WithContext(ctx))
+}
+
+func (c *Client) freePort(ctx context.Context, id string) (int, error) {
+	all, err := c.api.Agent().ServicesWithFilterOpts("", (&api.QueryOptions{}).WithContext(ctx))
+	if err != nil {
+		return 0, err
+	}
+	taken := map[int]bool{}
+	for sid, s := range all {
+		if sid == id && port(s.Port) {
+			return s.Port, nil
+		}
+		taken[s.Port] = true
+	}
+	for p := firstPort; p <= lastPort; p++ {
+		if taken[p] {
+			continue
+		}
+		ln, err := net.Listen("tcp", ":"+strconv.Itoa(p))
+		if err == nil {
+			ln.Close()
+			return p, nil
+		}
+	}
+	return 0, fmt.Errorf("no free port from %d to %d for the sidecar; give one with -listen", firstPort, lastPort)
+}
+
+// Beat keeps the check of a registration as ready says, and registers again what
+// the agent has lost, until ctx ends; then it deregisters.
+func (c *Client) Beat(ctx context.Context, r Registration, log *slog.Logger, ready func() (bool, string)) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	var last string
+	var told time.Time
+	for {
+		ok, why := ready()
+		status := api.HealthPassing
+		if !ok {
+			status = api.HealthCritical
+		}
+		if now := status + why; now != last || time.Since(told) > 10*time.Second {
+			err := c.api.Agent().UpdateTTLOpts(r.check(), why, status, (&api.QueryOptions{}).WithContext(ctx))
+			switch {
+			case err == nil:
+				last, told = now, time.Now()
+			case isStatus(err, 404) || isStatus(err, 500):
+				if err := c.Register(ctx, r); err == nil {
+					log.Info("registered the sidecar again: the agent had lost it", "id", r.ID())
+				}
+			}
+		}
+		select {
+		case <-t.C:
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	// The context is over, but the agent must still be told.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err := c.api.Agent().ServiceDeregisterOpts(r.ID(), (&api.QueryOptions{}).WithContext(ctx)); err != nil {
+		log.Warn("cannot deregister the sidecar", "id", r.ID(), "error", err, "try", "consul services deregister -id="+r.ID())
+		return
+	}
+	log.Info("deregistered the sidecar", "id", r.ID())
+}
