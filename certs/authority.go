@@ -20,9 +20,10 @@ type Authority struct {
 	cert        *x509.Certificate
 	key         *ecdsa.PrivateKey
 	CertPEM     string
+	KeyPEM      string // for a test's Consul to sign with
 }
 
-// NewAuthority makes a root valid for a day.
+// NewAuthority makes a root valid for a year.
 func NewAuthority(trustDomain string) (*Authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -30,7 +31,7 @@ func NewAuthority(trustDomain string) (*Authority, error) {
 	}
 	tmpl := &x509.Certificate{
 		SerialNumber: serial(), Subject: pkix.Name{CommonName: "throw-away " + trustDomain},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(365 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		URIs:     []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
@@ -43,8 +44,20 @@ func NewAuthority(trustDomain string) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Authority{TrustDomain: trustDomain, cert: cert, key: key,
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return &Authority{TrustDomain: trustDomain, cert: cert, key: key, KeyPEM: keyPEM,
 		CertPEM: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}, nil
+}
+
+func encodeKey(key *ecdsa.PrivateKey) (string, error) {
+	raw, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return "", err
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: raw})), nil
 }
 
 // Roots is the authority as trusted roots.
@@ -83,12 +96,10 @@ func (a *Authority) Sign(uris []*url.URL, from time.Time, life time.Duration) (c
 	if err != nil {
 		return "", "", err
 	}
-	raw, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
+	if keyPEM, err = encodeKey(key); err != nil {
 		return "", "", err
 	}
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
-		string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: raw})), nil
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), keyPEM, nil
 }
 
 func serial() *big.Int {

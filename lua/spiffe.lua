@@ -128,7 +128,10 @@ function F:tcp_payload(txn, chn)
     self.ok = ok
     if not ok then
       local shown = tostring(ran and who or res):gsub("[^%w%p]", "?")
-      core.Alert("identity refused: " .. txn.f:be_name() .. "/" .. txn.f:srv_name() .. " presented " .. sub(shown, 1, 300))
+      local place = txn.f:be_name() .. "/" .. txn.f:srv_name()
+      local slot = self.slot and txn:get_var("txn.spiffe_ids")
+      if type(slot) == "string" then place = slot:gsub("|.*", "", 1):gsub("[^%w%p]", "?") .. " port " .. slot:gsub("^[^|]*|([^|]*).*", "%1") end
+      core.Alert("identity refused: " .. place .. " presented " .. sub(shown, 1, 300))
     end
   end
   -- Raise: a negative return value would forward everything.

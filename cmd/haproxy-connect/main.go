@@ -76,10 +76,10 @@ func realMain(args []string, out, errw io.Writer) int {
 	case errors.As(err, &quiet):
 		return quiet.code
 	case errors.As(err, &use):
-		fmt.Fprintf(errw, "haproxy-connect: %v\n", err)
+		fmt.Fprintf(errw, "haproxy-connect: %v\n", oneLine(err))
 		return exitUsage
 	}
-	fmt.Fprintf(errw, "haproxy-connect: %v\n", err)
+	fmt.Fprintf(errw, "haproxy-connect: %v\n", oneLine(err))
 	return exitFailure
 }
 

@@ -29,7 +29,7 @@ type metrics struct {
 	mu      sync.Mutex
 	callers map[string]bool
 
-	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready *prometheus.Desc
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused *prometheus.Desc
 }
 
 func newMetrics(s *sidecar) *metrics {
@@ -52,6 +52,7 @@ func newMetrics(s *sidecar) *metrics {
 		restarts:    d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
 		endpoints:   d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
 		watchErrors: d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
+		refused:     d("identity_refusals_total", "Connections to upstreams that were refused because the server showed a wrong identity."),
 		ready:       d("ready", "1 when the sidecar is ready."),
 	}
 	m.registry.MustRegister(m, m.authz, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -81,7 +82,7 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready} {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused} {
 		ch <- d
 	}
 }
@@ -104,6 +105,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	if phase := s.phase.Load(); phase == nil || *phase != "" {
 		return
 	}
+	counter(m.refused, s.proc.Refusals())
 	st := s.manager.Status()
 	for r, n := range st.Reloads {
 		counter(m.reloads, n, string(r))

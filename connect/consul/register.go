@@ -107,7 +107,7 @@ func (c *Client) Register(ctx context.Context, r Registration) error {
 	if err != nil {
 		return err
 	}
-	if reg.Port == 0 && r.Port != 0 {
+	if reg.Port == 0 { // Consul wants one also of a client, which does not listen on it
 		if reg.Port, err = c.freePort(ctx, r.ID()); err != nil {
 			return err
 		}

@@ -72,7 +72,9 @@ type state struct {
 
 // resolved is what is known of one destination.
 type resolved struct {
+	ctx      context.Context // of its watches
 	cancel   context.CancelFunc
+	held     int  // turns of endpoints that were held back
 	chain    bool // heard
 	protocol connect.Protocol
 	connect  time.Duration
@@ -335,7 +337,7 @@ func (w *Watcher) syncUpstreams(ctx context.Context, st *state) {
 			continue
 		}
 		uctx, cancel := context.WithCancel(ctx)
-		st.answers[d.key] = &resolved{cancel: cancel}
+		st.answers[d.key] = &resolved{ctx: uctx, cancel: cancel}
 		name := d.service
 		if d.dc != st.proxy.Datacenter {
 			name += " in " + d.dc
@@ -503,8 +505,15 @@ func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 		c.advance(meta)
 		return func(st *state) {
 			ids := []certs.SPIFFEID{{TrustDomain: st.proxy.TrustDomain, Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
-			st.setTarget(d, connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
-				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)})
+			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
+				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
+			if r := st.answers[d.key]; r != nil && len(list) > 0 && len(t.Endpoints) == 0 && len(r.target.Endpoints) > 0 && r.target.Service == t.Service {
+				if wait := restartGrace - time.Since(w.feeds.recovered()); wait > 0 {
+					w.hold(st, d, r, t, wait)
+					return
+				}
+			}
+			st.setTarget(d, t)
 		}, nil
 	}
 }
@@ -547,11 +556,36 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 	}
 }
 
+// restartGrace is how long after trouble with the agent an upstream keeps its
+// endpoints although all of them have become critical at once while still
+// registered: a restarted agent calls every check critical until it has run.
+const restartGrace = 15 * time.Second
+
+// hold keeps the endpoints of r, and looks at t again when the grace is over.
+func (w *Watcher) hold(st *state, d declared, r *resolved, t connect.Target, wait time.Duration) {
+	r.held++
+	turn := r.held
+	w.log.Warn("all endpoints became critical just after the agent came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second))
+	ctx := r.ctx
+	w.wg.Add(1)
+	go func() {
+		defer w.wg.Done()
+		if pause(ctx, wait) {
+			w.send(ctx, func(st *state) {
+				if now := st.answers[d.key]; now == r && r.held == turn {
+					st.setTarget(d, t)
+				}
+			})
+		}
+	}()
+}
+
 func (st *state) setTarget(d declared, t connect.Target) {
 	r := st.answers[d.key]
 	if r == nil {
 		return
 	}
+	r.held++ // whatever was held is of yesterday
 	if !reflect.DeepEqual(r.target, t) {
 		r.target, st.dirty = t, true
 	}

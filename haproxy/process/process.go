@@ -53,8 +53,11 @@ type Process struct {
 
 	mu     sync.Mutex
 	master int // pid, 0 while there is none
+	said   map[string]time.Time
 	alerts ring
 	up     atomic.Bool
+
+	refusals atomic.Uint64
 }
 
 // New makes a process that is not running.
@@ -62,7 +65,7 @@ func New(c Config) *Process {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Process{conf: c, start: make(chan chan error), drain: make(chan time.Duration, 1)}
+	return &Process{conf: c, start: make(chan chan error), drain: make(chan time.Duration, 1), said: map[string]time.Time{}}
 }
 
 func (p *Process) masterSocket() string { return p.conf.Dir + "/sock/master" }
@@ -372,14 +375,39 @@ func (p *Process) alert(s string) {
 		return
 	}
 	p.alerts.add(s)
+	if _, what, ok := strings.Cut(s, "identity refused: "); ok {
+		p.refusals.Add(1)
+		if p.first(what) {
+			p.conf.Log.Warn("an upstream showed a wrong identity", "endpoint", clean(what), "try", "is the registered address really this service's?")
+		}
+		return
+	}
 	switch {
-	case strings.Contains(s, "identity refused"):
-		p.conf.Log.Warn("an upstream showed a wrong identity", "haproxy", clean(s), "try", "is the registered address really this service's?")
+	case strings.Contains(s, "Lua filter 'spiffe'"): // how a refusal is carried out
+		p.conf.Log.Debug("haproxy", "says", clean(s))
 	case strings.HasPrefix(s, "[ALERT]"):
 		p.conf.Log.Warn("haproxy", "says", clean(s))
 	default:
 		p.conf.Log.Debug("haproxy", "says", clean(s))
 	}
+}
+
+// Refusals counts connections to upstreams that showed a wrong identity.
+func (p *Process) Refusals() uint64 { return p.refusals.Load() }
+
+// first reports whether something is worth a line again: once a minute.
+func (p *Process) first(what string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if last, ok := p.said[what]; ok && now.Sub(last) < time.Minute {
+		return false
+	}
+	if len(p.said) >= 256 {
+		clear(p.said)
+	}
+	p.said[what] = now
+	return true
 }
 
 // clean keeps a line of a child fit for a log.

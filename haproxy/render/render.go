@@ -441,12 +441,14 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*Se
 	o.log(front, true)
 	front.add("http-request del-header X-Forwarded-Client-Cert")
 	var secs []*Section
+	known := ""
 	for i, p := range group {
 		path, err := word("exposed path", p.Path)
 		if err != nil {
 			return nil, err
 		}
 		name := fmt.Sprintf("expose_%d_%d_app", port, i)
+		known += " " + path
 		front.add("use_backend %s if { path -m str %s }", name, path)
 		proto := ""
 		if p.Protocol == connect.HTTP2 {
@@ -459,7 +461,7 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*Se
 		}
 		secs = append(secs, sec)
 	}
-	f, err := front.add("http-request return status 404 unless { path -m found }").build("WARNING: exposed paths, no TLS and no intentions")
+	f, err := front.add("http-request return status 404 unless { path -m str%s }", known).build("WARNING: exposed paths, no TLS and no intentions")
 	if err != nil {
 		return nil, err
 	}

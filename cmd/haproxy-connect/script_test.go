@@ -1,0 +1,1006 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/h2c"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+)
+
+var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this version of HAProxy only: 2.6, 3.0 or 3.2")
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"haproxy-connect": main})
+}
+
+// TestScripts runs every script of testdata/scripts on every version of HAProxy,
+// with a Consul of its own, and drives the program as a user does. A script of
+// testdata/usage needs neither.
+func TestScripts(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs Consul and HAProxy")
+	}
+	consul := need(t, consulPath())
+	for version, path := range versions(t) {
+		if *onlyHAProxy != "" && *onlyHAProxy != version {
+			continue
+		}
+		t.Run(version, func(t *testing.T) {
+			testscript.Run(t, testscript.Params{
+				Dir:   filepath.Join("..", "..", "testdata", "scripts"),
+				Setup: func(e *testscript.Env) error { return newWorld(e, consul, path, version) },
+				Cmds:  worldCommands, Condition: func(cond string) (bool, error) { return cond == "v"+version, nil },
+				RequireUniqueNames: true,
+			})
+		})
+	}
+}
+
+// TestUsage runs the scripts that need neither Consul nor HAProxy.
+func TestUsage(t *testing.T) {
+	testscript.Run(t, testscript.Params{Dir: filepath.Join("..", "..", "testdata", "usage"), RequireUniqueNames: true,
+		Setup: func(e *testscript.Env) error { e.Setenv("HOME", e.WorkDir); return nil },
+		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"bad": cmdBad}})
+}
+
+// bad REGEXP ARGS...: the program refuses these arguments with exit code 2 and one
+// line that matches.
+func cmdBad(ts *testscript.TestScript, _ bool, args []string) {
+	var errw bytes.Buffer
+	cmd := exec.Command("haproxy-connect", args[1:]...)
+	bin, err := exec.LookPath(filepath.Join(strings.Split(ts.Getenv("PATH"), string(os.PathListSeparator))[0], "haproxy-connect"))
+	ts.Check(err)
+	cmd.Path, cmd.Err = bin, nil
+	cmd.Dir, cmd.Stderr = ts.MkAbs("."), &errw
+	cmd.Env = append(os.Environ(), "HAPROXY_CONNECT_THREADS="+ts.Getenv("HAPROXY_CONNECT_THREADS"), "CONSUL_HTTP_ADDR="+ts.Getenv("CONSUL_HTTP_ADDR"))
+	_ = cmd.Run()
+	text := strings.TrimSuffix(errw.String(), "\n")
+	last := text[strings.LastIndex(text, "\n")+1:] // logs may come before it
+	if code := cmd.ProcessState.ExitCode(); code != exitUsage || !regexp.MustCompile(args[0]).MatchString(last) {
+		ts.Fatalf("%q: exit code %d, says %q; want code 2 and %q", args[1:], code, text, args[0])
+	}
+}
+
+func consulPath() string {
+	if p, err := exec.LookPath("consul"); err == nil {
+		return p
+	}
+	return filepath.Join(cacheDir(), "bin", "consul-1.21.0")
+}
+
+const patience = 20 * time.Second // for a condition to come true on a busy machine
+
+// world is what one script runs in: a Consul, applications, sidecars.
+type world struct {
+	env     *testscript.Env
+	consul  string
+	haproxy string
+	version string
+	dir     string // short, for sockets
+	httpAt  string
+	args    []string
+
+	mu     sync.Mutex
+	agent  *exec.Cmd
+	cars   map[string]*exec.Cmd
+	logs   map[string]*logBuffer
+	loads  map[string]*load
+	counts map[string]*atomic.Int64
+	idle   map[string]net.Conn
+	ca     *certs.Authority
+}
+
+type worldKey struct{}
+
+func newWorld(e *testscript.Env, consul, haproxy, version string) error {
+	dir, err := os.MkdirTemp("/tmp", "hc")
+	if err != nil {
+		return err
+	}
+	w := &world{env: e, consul: consul, haproxy: haproxy, version: version, dir: dir, cars: map[string]*exec.Cmd{}, logs: map[string]*logBuffer{},
+		loads: map[string]*load{}, counts: map[string]*atomic.Int64{}, idle: map[string]net.Conn{}}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	e.Values[worldKey{}] = w
+	e.Setenv("HAPROXY", haproxy)
+	e.Setenv("DIR", dir)
+	e.Setenv("BIG", strings.Repeat("0123456789", 6000))
+	e.Setenv("CONSUL_HTTP_TOKEN", "mastertoken")
+	e.Defer(w.close)
+	return nil
+}
+
+func (w *world) close() {
+	for _, l := range w.loads {
+		l.stop()
+	}
+	for _, c := range w.idle {
+		c.Close()
+	}
+	for _, c := range w.cars {
+		_ = c.Process.Signal(syscall.SIGINT)
+		_ = c.Process.Signal(syscall.SIGTERM) // the second ends it at once
+	}
+	for id, c := range w.cars {
+		done := make(chan struct{})
+		go func() { _, _ = c.Process.Wait(); close(done) }()
+		select {
+		case <-done:
+		case <-time.After(patience):
+			_ = c.Process.Kill()
+		}
+		_ = exec.Command("pkill", "-9", "-f", filepath.Join(w.dir, id, "haproxy.cfg")).Run()
+	}
+	if w.agent != nil {
+		_ = w.agent.Process.Kill()
+		_ = w.agent.Wait()
+	}
+	os.RemoveAll(w.dir)
+}
+
+func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string)) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		f(ts.Value(worldKey{}).(*world), ts, neg, args)
+	}
+}
+
+var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
+	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
+	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),
+	"config": inWorld((*world).cmdConfig), "intention": inWorld((*world).cmdIntention), "sidecar": inWorld((*world).cmdSidecar),
+	"post": inWorld((*world).cmdPost), "signal": inWorld((*world).cmdSignal), "exited": inWorld((*world).cmdExited), "log": inWorld((*world).cmdLog),
+	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
+	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
+	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
+	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
+}
+
+// logBuffer keeps what a sidecar says.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func freePort() (int, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer ln.Close()
+	return ln.Addr().(*net.TCPAddr).Port, nil
+}
+
+func eventually(limit time.Duration, try func() error) error {
+	deadline := time.Now().Add(limit)
+	for {
+		err := try()
+		if err == nil || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(15 * time.Millisecond)
+	}
+}
+
+// consul ACLPOLICY [INTENTIONPOLICY] starts a server with ACLs.
+func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
+	policy, extra := "deny", ""
+	if len(args) > 0 {
+		policy = args[0]
+	}
+	if len(args) > 1 {
+		extra = fmt.Sprintf("default_intention_policy = %q\n", args[1])
+	}
+	var p [4]int
+	for i := range p {
+		var err error
+		p[i], err = freePort()
+		ts.Check(err)
+	}
+	conf := fmt.Sprintf(`%sdata_dir = %q
+server = true
+bootstrap_expect = 1
+bind_addr = "127.0.0.1"
+log_level = "warn"
+performance { raft_multiplier = 1 }
+connect { enabled = true }
+acl { enabled = true, default_policy = %q, tokens { initial_management = "mastertoken", agent = "mastertoken" } }
+ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
+`, extra, filepath.Join(w.dir, "consul"), policy, p[0], p[1], p[2], p[3])
+	file := filepath.Join(w.dir, "consul.hcl")
+	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
+	w.args = []string{"agent", "-config-file", file, "-node", "node1"}
+	w.httpAt = fmt.Sprintf("127.0.0.1:%d", p[0])
+	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
+	w.cmdConsulStart(ts, false, nil)
+}
+
+func (w *world) cmdConsulStart(ts *testscript.TestScript, _ bool, _ []string) {
+	w.agent = exec.Command(w.consul, w.args...)
+	out := &logBuffer{}
+	w.agent.Stdout, w.agent.Stderr = out, out
+	w.agent.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	ts.Check(w.agent.Start())
+	err := eventually(3*patience, func() error {
+		_, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
+		if err == nil {
+			_, err = w.call(http.MethodGet, "/v1/acl/token/self", nil)
+		}
+		return err
+	})
+	if err != nil {
+		ts.Fatalf("Consul does not start: %v\n%s", err, out)
+	}
+}
+
+func (w *world) cmdConsulStop(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(w.agent.Process.Kill())
+	_ = w.agent.Wait()
+	w.agent = nil
+}
+
+// call asks Consul.
+func (w *world) call(method, path string, body []byte) ([]byte, error) {
+	req, err := http.NewRequest(method, "http://"+w.httpAt+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("X-Consul-Token", "mastertoken")
+	res, err := (&http.Client{Timeout: 10 * time.Second}).Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err == nil && res.StatusCode/100 != 2 {
+		err = fmt.Errorf("%s %s: %s %s", method, path, res.Status, b)
+	}
+	return b, err
+}
+
+func envName(s string) string { return strings.ToUpper(strings.ReplaceAll(s, "-", "_")) }
+
+// port NAME...: sets $NAME to a free port.
+func (w *world) cmdPort(ts *testscript.TestScript, _ bool, args []string) {
+	for _, a := range args {
+		p, err := freePort()
+		ts.Check(err)
+		ts.Setenv(a, strconv.Itoa(p))
+	}
+}
+
+// app NAME tcp|banner|http|http2|socket: an application that answers with its
+// name, on $NAME_PORT. What it received is counted.
+func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
+	name, kind := args[0], args[1]
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if kind == "socket" {
+		ln, err = net.Listen("unix", filepath.Join(w.dir, name+".sock"))
+		kind = "http"
+		if err == nil {
+			err = os.Chmod(filepath.Join(w.dir, name+".sock"), 0o666)
+		}
+	}
+	ts.Check(err)
+	w.env.Defer(func() { ln.Close() })
+	if a, ok := ln.Addr().(*net.TCPAddr); ok {
+		ts.Setenv(envName(name)+"_PORT", strconv.Itoa(a.Port))
+	}
+	count := &atomic.Int64{}
+	w.counts[name] = count
+	serveApp(ln, name, kind, count)
+}
+
+func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
+	switch kind {
+	case "tcp", "banner":
+		go func() {
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					if kind == "banner" {
+						fmt.Fprintf(c, "hello from %s\n", name)
+					}
+					br := bufio.NewReader(c)
+					for {
+						line, err := br.ReadString('\n')
+						count.Add(int64(len(line)))
+						if err != nil {
+							return
+						}
+						fmt.Fprintf(c, "%s %s", name, line)
+					}
+				}()
+			}
+		}()
+	default:
+		h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			count.Add(1)
+			b, _ := io.ReadAll(r.Body)
+			if d, err := time.ParseDuration(r.URL.Query().Get("sleep")); err == nil {
+				time.Sleep(d)
+			}
+			rw.Header().Set("Trailer", "Grpc-Status")
+			fmt.Fprintf(rw, "%s %s %s %s body=%d xfcc=%q caller=%q", name, r.Proto, r.Method, r.RequestURI, len(b), r.Header.Values("X-Forwarded-Client-Cert"), r.Header.Values("X-Caller"))
+			rw.Header().Set("Grpc-Status", "0")
+		})
+		srv := &http.Server{Handler: h}
+		if kind == "http2" {
+			srv.Handler = h2c.NewHandler(h, &http2.Server{})
+		}
+		go func() { _ = srv.Serve(ln) }()
+	}
+}
+
+func (w *world) file(ts *testscript.TestScript, name string) []byte {
+	return []byte(os.Expand(ts.ReadFile(name), ts.Getenv))
+}
+
+func (w *world) cmdRegister(ts *testscript.TestScript, _ bool, args []string) {
+	for _, a := range args {
+		_, err := w.call(http.MethodPut, "/v1/agent/service/register", w.file(ts, a))
+		ts.Check(err)
+	}
+}
+
+func (w *world) cmdDeregister(ts *testscript.TestScript, _ bool, args []string) {
+	for _, a := range args {
+		_, err := w.call(http.MethodPut, "/v1/agent/service/deregister/"+a, nil)
+		ts.Check(err)
+	}
+}
+
+func (w *world) cmdConfig(ts *testscript.TestScript, _ bool, args []string) {
+	for _, a := range args {
+		_, err := w.call(http.MethodPut, "/v1/config", w.file(ts, a))
+		ts.Check(err)
+	}
+}
+
+// post PATH FILE: any other write to Consul.
+func (w *world) cmdPost(ts *testscript.TestScript, _ bool, args []string) {
+	_, err := w.call(http.MethodPost, args[0], w.file(ts, args[1]))
+	ts.Check(err)
+}
+
+// intention allow|deny|delete SOURCE DESTINATION
+func (w *world) cmdIntention(ts *testscript.TestScript, _ bool, args []string) {
+	path := "/v1/connect/intentions/exact?source=" + url.QueryEscape(args[1]) + "&destination=" + url.QueryEscape(args[2])
+	var err error
+	if args[0] == "delete" {
+		_, err = w.call(http.MethodDelete, path, nil)
+	} else {
+		_, err = w.call(http.MethodPut, path, []byte(`{"Action":"`+args[0]+`"}`))
+	}
+	ts.Check(err)
+}
+
+// sidecar NAME [flags]: starts the program and waits until it is ready;
+// $NAME_ADMIN is its admin address. "! sidecar" does not wait.
+func (w *world) cmdSidecar(ts *testscript.TestScript, neg bool, args []string) {
+	name := args[0]
+	admin, err := freePort()
+	ts.Check(err)
+	addr := fmt.Sprintf("127.0.0.1:%d", admin)
+	ts.Setenv(envName(name)+"_ADMIN", addr)
+	bin, err := exec.LookPath("haproxy-connect")
+	if err != nil {
+		bin, err = os.Executable()
+	}
+	ts.Check(err)
+	cmd := exec.Command(bin, append([]string{"-haproxy", w.haproxy, "-admin-addr", addr, "-run-dir", filepath.Join(w.dir, name), "-access-log", "text"}, args[1:]...)...)
+	cmd.Args[0] = "haproxy-connect"
+	cmd.Env = append(os.Environ(), "CONSUL_HTTP_ADDR="+ts.Getenv("CONSUL_HTTP_ADDR"), "CONSUL_HTTP_TOKEN=mastertoken", "PATH="+ts.Getenv("PATH"))
+	log := &logBuffer{}
+	cmd.Stdout, cmd.Stderr = log, log
+	ts.Check(cmd.Start())
+	w.cars[name], w.logs[name] = cmd, log
+	w.env.T().Log("sidecar", name, "pid", cmd.Process.Pid, "admin", addr)
+	if neg {
+		return
+	}
+	if err := eventually(patience, func() error { return ready(addr) }); err != nil {
+		ts.Fatalf("sidecar %s: %v\n%s", name, err, log)
+	}
+}
+
+func ready(addr string) error {
+	res, err := http.Get("http://" + addr + "/ready")
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	b, _ := io.ReadAll(res.Body)
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("not ready: %s", b)
+	}
+	return nil
+}
+
+// signal NAME TERM|KILL|INT
+func (w *world) cmdSignal(ts *testscript.TestScript, _ bool, args []string) {
+	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL, "INT": syscall.SIGINT}[args[1]]
+	ts.Check(w.cars[args[0]].Process.Signal(sig))
+}
+
+// exited NAME CODE: the sidecar ends, with this exit code (-1: by a signal).
+func (w *world) cmdExited(ts *testscript.TestScript, _ bool, args []string) {
+	c := w.cars[args[0]]
+	done := make(chan error, 1)
+	go func() { done <- c.Wait() }()
+	select {
+	case <-done:
+	case <-time.After(2 * patience):
+		ts.Fatalf("%s does not end:\n%s", args[0], w.logs[args[0]])
+	}
+	delete(w.cars, args[0])
+	if got := strconv.Itoa(c.ProcessState.ExitCode()); got != args[1] {
+		ts.Fatalf("%s ended with %s, want %s:\n%s", args[0], got, args[1], w.logs[args[0]])
+	}
+}
+
+// log NAME REGEXP: the sidecar says so, sooner or later. "! log": it has not.
+func (w *world) cmdLog(ts *testscript.TestScript, neg bool, args []string) {
+	re, err := regexp.Compile(args[1])
+	ts.Check(err)
+	l := w.logs[args[0]]
+	if neg {
+		if re.MatchString(l.String()) {
+			ts.Fatalf("%s says %s:\n%s", args[0], args[1], l)
+		}
+		return
+	}
+	if err := eventually(patience, func() error {
+		if re.MatchString(l.String()) {
+			return nil
+		}
+		return errors.New("not said")
+	}); err != nil {
+		ts.Fatalf("%s never says %q:\n%s", args[0], args[1], l)
+	}
+}
+
+// http STATUS URL [REGEXP] [h2] [-H k=v] [-X METHOD]: the answer is so, sooner or later.
+func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
+	want, target := args[0], args[1]
+	re, tr, method := regexp.MustCompile(""), http.RoundTripper(&http.Transport{DisableKeepAlives: true}), http.MethodGet
+	header := http.Header{}
+	for i := 2; i < len(args); i++ {
+		switch args[i] {
+		case "h2":
+			tr = &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, n, a string, _ *tls.Config) (net.Conn, error) {
+				return (&net.Dialer{}).DialContext(ctx, n, a)
+			}}
+		case "-H":
+			i++
+			k, v, _ := strings.Cut(args[i], "=")
+			header.Add(k, v)
+		case "-X":
+			i++
+			method = args[i]
+		default:
+			re = regexp.MustCompile(args[i])
+		}
+	}
+	if path, rest, ok := strings.Cut(strings.TrimPrefix(target, "unix:"), "|"); ok {
+		target = "http://unix" + rest
+		tr = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		}}
+	}
+	client := &http.Client{Transport: tr, Timeout: 10 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	last := ""
+	err := eventually(patience, func() error {
+		req, err := http.NewRequest(method, target, nil)
+		if err != nil {
+			return err
+		}
+		req.Header = header
+		res, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		last = fmt.Sprintf("%d %s", res.StatusCode, b)
+		if err != nil || !slices.Contains(strings.Split(want, "|"), strconv.Itoa(res.StatusCode)) || !re.Match(b) {
+			return fmt.Errorf("%s answers %.2000s (%v), want %s %s", target, last, err, want, re)
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("%v\n%s", err, w.allLogs())
+	}
+	ts.Logf("%.300s", last)
+}
+
+func (w *world) allLogs() string {
+	var b strings.Builder
+	for n, l := range w.logs {
+		fmt.Fprintf(&b, "---- %s\n%s\n", n, l)
+	}
+	return b.String()
+}
+
+// tcp ok|refused ADDR [TEXT] [EXPECT]: one line there, one back.
+func (w *world) cmdTCP(ts *testscript.TestScript, _ bool, args []string) {
+	send, expect := "ping", ""
+	if len(args) > 2 {
+		send = args[2]
+	}
+	if len(args) > 3 {
+		expect = args[3]
+	}
+	err := eventually(patience, func() error {
+		got, err := tcpOnce(args[1], send)
+		switch {
+		case args[0] == "ok" && (err != nil || !strings.Contains(got, expect)):
+			return fmt.Errorf("%s: got %q (%v)", args[1], got, err)
+		case args[0] == "refused" && (err == nil || got != ""):
+			return fmt.Errorf("%s: served: %q", args[1], got)
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("%v\n%s", err, w.allLogs())
+	}
+}
+
+func dialAny(addr string) (net.Conn, error) {
+	network := "tcp"
+	if strings.HasPrefix(addr, "/") {
+		network = "unix"
+	}
+	c, err := net.DialTimeout(network, addr, 5*time.Second)
+	if err == nil {
+		err = c.SetDeadline(time.Now().Add(10 * time.Second))
+	}
+	return c, err
+}
+
+func tcpOnce(addr, send string) (string, error) {
+	c, err := dialAny(addr)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, send+"\n"); err != nil {
+		return "", err
+	}
+	return bufio.NewReader(c).ReadString('\n')
+}
+
+// load is a client that counts: keep-alive HTTP, or a TCP line per connection.
+type load struct {
+	end          chan struct{}
+	once         sync.Once
+	wg           sync.WaitGroup
+	good, failed atomic.Int64
+	first        atomic.Pointer[string]
+}
+
+func (l *load) stop() {
+	l.once.Do(func() { close(l.end) })
+	l.wg.Wait()
+}
+
+// load NAME URL|ADDR [get]: starts two clients, which GET and POST in turn.
+func (w *world) cmdLoad(ts *testscript.TestScript, _ bool, args []string) {
+	l := &load{end: make(chan struct{})}
+	w.loads[args[0]] = l
+	for i := range 2 {
+		l.wg.Add(1)
+		go func() {
+			defer l.wg.Done()
+			client := &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{}}
+			for n := 0; ; n++ {
+				select {
+				case <-l.end:
+					return
+				case <-time.After(2 * time.Millisecond):
+				}
+				if err := oneCall(client, args[1], len(args) < 3 && (n+i)%2 == 0); err != nil {
+					text := time.Now().Format(time.StampMilli) + " " + err.Error()
+					l.first.CompareAndSwap(nil, &text)
+					l.failed.Add(1)
+				} else {
+					l.good.Add(1)
+				}
+			}
+		}()
+	}
+}
+
+func oneCall(client *http.Client, target string, post bool) error {
+	if !strings.HasPrefix(target, "http") {
+		got, err := tcpOnce(target, "ping")
+		if err == nil && !strings.HasSuffix(got, "ping\n") {
+			err = fmt.Errorf("got %q", got)
+		}
+		return err
+	}
+	var res *http.Response
+	var err error
+	if post {
+		res, err = client.Post(target, "text/plain", strings.NewReader("some body"))
+	} else {
+		res, err = client.Get(target)
+	}
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err == nil && res.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %.100s", res.Status, b)
+	}
+	return err
+}
+
+// load-stop NAME [MOST]: no more than MOST (0) calls have failed, and some went well.
+func (w *world) cmdLoadStop(ts *testscript.TestScript, _ bool, args []string) {
+	l := w.loads[args[0]]
+	most := int64(0)
+	if len(args) > 1 {
+		most, _ = strconv.ParseInt(args[1], 10, 64)
+	}
+	_ = eventually(patience, func() error { // it must have had the time to say something
+		if l.good.Load()+l.failed.Load() < 50 {
+			return errors.New("too few")
+		}
+		return nil
+	})
+	l.stop()
+	ts.Logf("load %s: %d good, %d failed", args[0], l.good.Load(), l.failed.Load())
+	if l.good.Load() == 0 || most >= 0 && l.failed.Load() > most {
+		first := ""
+		if p := l.first.Load(); p != nil {
+			first = *p
+		}
+		ts.Fatalf("load %s: %d good, %d failed, the first: %s\n%s", args[0], l.good.Load(), l.failed.Load(), first, w.allLogs())
+	}
+}
+
+// rotate-roots gives Consul's CA a new key and root, of which the script then
+// also has the key: mesh-call and tls-server sign with it.
+func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, _ []string) {
+	var roots struct{ TrustDomain string }
+	b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
+	ts.Check(err)
+	ts.Check(json.Unmarshal(b, &roots))
+	w.ca, err = certs.NewAuthority(roots.TrustDomain)
+	ts.Check(err)
+	body, err := json.Marshal(map[string]any{"Provider": "consul", "Config": map[string]any{
+		"PrivateKey": w.ca.KeyPEM, "RootCert": w.ca.CertPEM, "LeafCertTTL": "72h", "IntermediateCertTTL": "8760h",
+	}})
+	ts.Check(err)
+	_, err = w.call(http.MethodPut, "/v1/connect/ca/configuration", body)
+	ts.Check(err)
+}
+
+// leaf-root ADDR...: each listener sooner or later presents a leaf of the newest root.
+func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
+	for _, addr := range args {
+		err := eventually(4*patience, func() error {
+			b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
+			if err != nil {
+				return err
+			}
+			var list struct {
+				Roots []struct {
+					RootCert string
+					Active   bool
+				}
+			}
+			if err := json.Unmarshal(b, &list); err != nil {
+				return err
+			}
+			pool := x509.NewCertPool()
+			for _, r := range list.Roots {
+				if r.Active {
+					pool.AppendCertsFromPEM([]byte(r.RootCert))
+				}
+			}
+			conf := &tls.Config{InsecureSkipVerify: true}
+			conf.VerifyConnection = func(cs tls.ConnectionState) error {
+				_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+				return err
+			}
+			c, err := tls.Dial("tcp", addr, conf)
+			if err == nil {
+				c.Close()
+			} else if strings.Contains(err.Error(), "certificate required") {
+				err = nil
+			}
+			return err
+		})
+		if err != nil {
+			ts.Fatalf("%s: %v\n%s", addr, err, w.allLogs())
+		}
+	}
+}
+
+// kill-haproxy NAME worker|master
+func (w *world) cmdKillHAProxy(ts *testscript.TestScript, _ bool, args []string) {
+	out, err := exec.Command("pgrep", "-f", "--", "-f "+filepath.Join(w.dir, args[0], "haproxy.cfg")).Output()
+	ts.Check(err)
+	self := w.cars[args[0]].Process.Pid
+	killed := 0
+	for _, f := range strings.Fields(string(out)) {
+		stat, err := os.ReadFile("/proc/" + f + "/stat")
+		if err != nil {
+			continue
+		}
+		rest := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+		master := rest[1] == strconv.Itoa(self)
+		if master == (args[1] == "master") {
+			pid, _ := strconv.Atoi(f)
+			ts.Check(syscall.Kill(pid, syscall.SIGKILL))
+			killed++
+		}
+	}
+	if killed == 0 {
+		ts.Fatalf("no %s of %s among %q", args[1], args[0], out)
+	}
+}
+
+// haproxies NAME COUNT: so many HAProxy processes run for this sidecar, sooner or later.
+func (w *world) cmdHAProxies(ts *testscript.TestScript, _ bool, args []string) {
+	last := ""
+	if err := eventually(patience, func() error {
+		out, _ := exec.Command("pgrep", "-f", "--", "-f "+filepath.Join(w.dir, args[0], "haproxy.cfg")).Output()
+		if last = strings.Join(strings.Fields(string(out)), " "); strconv.Itoa(len(strings.Fields(last))) != args[1] {
+			return errors.New("not yet")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("HAProxy processes %s, want %s\n%s", last, args[1], w.allLogs())
+	}
+}
+
+// reloads ADMIN MOST [REASON...]: HAProxy was reloaded at most so often, the start
+// and the named reasons apart.
+func (w *world) cmdReloads(ts *testscript.TestScript, _ bool, args []string) {
+	res, err := http.Get("http://" + args[0] + "/status.json")
+	ts.Check(err)
+	defer res.Body.Close()
+	var got struct {
+		Reloads map[string]int
+		Last    string `json:"last_reload"`
+	}
+	ts.Check(json.NewDecoder(res.Body).Decode(&got))
+	most, _ := strconv.Atoi(args[1])
+	n := 0
+	for reason, count := range got.Reloads {
+		excused := reason == "start"
+		for _, a := range args[2:] {
+			excused = excused || a == reason
+		}
+		if !excused {
+			n += count
+		}
+	}
+	if n > most {
+		ts.Fatalf("%d reloads, want at most %d: %v, the last: %s\n%s", n, most, got.Reloads, got.Last, w.allLogs())
+	}
+}
+
+// hold NAME ADDR: opens a TCP session and keeps it. held NAME open|closed.
+func (w *world) cmdHold(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := dialAny(args[1])
+	ts.Check(err)
+	w.idle[args[0]] = c
+	if err := pingOn(c); err != nil {
+		ts.Fatalf("hold %s: %v", args[0], err)
+	}
+}
+
+func pingOn(c net.Conn) error {
+	if err := c.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, "still\n"); err != nil {
+		return err
+	}
+	b := make([]byte, 1024)
+	_, err := c.Read(b)
+	return err
+}
+
+func (w *world) cmdHeld(ts *testscript.TestScript, _ bool, args []string) {
+	c := w.idle[args[0]]
+	if args[1] == "open" {
+		if err := pingOn(c); err != nil {
+			ts.Fatalf("the session %s has ended: %v\n%s", args[0], err, w.allLogs())
+		}
+		return
+	}
+	ts.Check(c.SetReadDeadline(time.Now().Add(patience)))
+	b := make([]byte, 1)
+	if _, err := c.Read(b); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		ts.Fatalf("the session %s is still open (%v)\n%s", args[0], err, w.allLogs())
+	}
+}
+
+// mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME]: a
+// caller of its own, straight to a public listener.
+func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
+	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the listener is what is tested
+	for _, a := range args[3:] {
+		conf.ServerName, _ = strings.CutPrefix(a, "sni=")
+		conf.ServerName = strings.ReplaceAll(conf.ServerName, "TRUSTDOMAIN", w.ca.TrustDomain)
+	}
+	if who := args[2]; who != "none" {
+		ca, from, service := w.ca, time.Now().Add(-time.Minute), who
+		var err error
+		switch who {
+		case "foreign":
+			ca, err = certs.NewAuthority(w.ca.TrustDomain)
+			ts.Check(err)
+			service = "www"
+		case "expired":
+			from, service = time.Now().Add(-2*time.Hour), "www"
+		case "two-uris":
+			service = "www"
+		}
+		u, err := url.Parse(ca.ID(service).String())
+		ts.Check(err)
+		uris := []*url.URL{u}
+		if who == "two-uris" {
+			second, err := url.Parse(ca.ID("other").String())
+			ts.Check(err)
+			uris = append(uris, second)
+		}
+		chain, key, err := ca.Sign(uris, from, time.Hour)
+		ts.Check(err)
+		pair, err := tls.X509KeyPair([]byte(chain), []byte(key))
+		ts.Check(err)
+		conf.Certificates = []tls.Certificate{pair}
+	}
+	once := func() (string, error) {
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 5 * time.Second}, "tcp", args[1], conf)
+		if err != nil {
+			return "", err
+		}
+		defer c.Close()
+		if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			return "", err
+		}
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
+			return "", err
+		}
+		b, err := bufio.NewReader(c).ReadString('\n')
+		if b != "" {
+			err = nil
+		}
+		return b, err
+	}
+	got := ""
+	err := eventually(patience, func() error {
+		var err error
+		got, err = once()
+		switch args[0] {
+		case "ok":
+			if err == nil && strings.Contains(got, " 403 ") {
+				err = errors.New("denied")
+			}
+			return err
+		case "403":
+			if err == nil && !strings.Contains(got, " 403 ") {
+				err = errors.New("not a 403")
+			}
+			return err
+		}
+		if err == nil {
+			return errors.New("served")
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("mesh-call %v: %q: %v\n%s", args, got, err, w.allLogs())
+	}
+}
+
+// tls-server NAME SERVICE silent|banner|slow|echo|http: a server on $NAME_PORT with a valid
+// leaf of SERVICE; what it reads after the handshake is counted.
+func (w *world) cmdTLSServer(ts *testscript.TestScript, _ bool, args []string) {
+	name, kind := args[0], args[2]
+	leaf, err := w.ca.Leaf(args[1], time.Hour)
+	ts.Check(err)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	w.env.Defer(func() { ln.Close() })
+	ts.Setenv(envName(name)+"_PORT", strconv.Itoa(ln.Addr().(*net.TCPAddr).Port))
+	count, hellos := &atomic.Int64{}, &atomic.Int64{}
+	w.counts[name], w.counts[name+"-hellos"] = count, hellos
+	conf := &tls.Config{Certificates: []tls.Certificate{leaf.TLS()}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"http/1.1"},
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			hellos.Add(1)
+			if kind == "slow" {
+				time.Sleep(300 * time.Millisecond)
+			}
+			return nil, nil
+		}}
+	serve := func(c net.Conn) {
+		defer c.Close()
+		if kind == "banner" {
+			fmt.Fprintf(c, "hello from %s\n", name)
+		}
+		b := make([]byte, 32<<10)
+		for {
+			n, err := c.Read(b)
+			count.Add(int64(n))
+			if err != nil {
+				return
+			}
+			switch kind {
+			case "echo", "slow":
+				_, _ = c.Write(b[:n])
+			case "http":
+				fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(name), name)
+			}
+		}
+	}
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go serve(tls.Server(c, conf))
+		}
+	}()
+}
+
+// received NAME COUNT|+: so much arrived at an application or tls-server (bytes, or
+// requests of an HTTP application); "+" is more than nothing.
+func (w *world) cmdReceived(ts *testscript.TestScript, _ bool, args []string) {
+	got := w.counts[args[0]].Load()
+	if args[1] == "+" && got > 0 || strconv.FormatInt(got, 10) == args[1] {
+		return
+	}
+	ts.Fatalf("%s received %d, want %s\n%s", args[0], got, args[1], w.allLogs())
+}
