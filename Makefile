@@ -1,0 +1,44 @@
+# make demo   a real mesh on this machine, up until Ctrl-C (CHECK=1: walk the story and end)
+# make test   everything CI checks
+# make build  bin/haproxy-connect
+export PATH := $(PATH):/usr/sbin
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
+FUZZTIME ?= 20s
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+
+.PHONY: build deps demo test lint unit race fuzz bench
+
+build:
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.release=$(VERSION)" -o bin/haproxy-connect ./cmd/haproxy-connect
+
+deps:
+	testdata/deps/deps.sh
+
+demo: deps build
+	testdata/demo/demo.sh
+
+# gofmt and vet find mistakes of form, staticcheck mistakes of sense; no more, so
+# that a finding is always worth reading.
+lint:
+	@test -z "$$(gofmt -l cmd certs connect haproxy intentions lua | tee /dev/stderr)"
+	go vet ./...
+	go run $(STATICCHECK) ./...
+
+test: deps build lint race fuzz
+	CHECK=1 testdata/demo/demo.sh
+
+race:
+	go test -race -count=1 -timeout 60m -parallel 3 ./...
+
+# The same without scripts: seconds.
+unit:
+	go test -short ./...
+
+fuzz:
+	go test ./certs -run '^$$' -fuzz FuzzParseID -fuzztime $(FUZZTIME)
+	go test ./intentions/spoe -run '^$$' -fuzz FuzzFrame -fuzztime $(FUZZTIME)
+	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine -fuzztime $(FUZZTIME)
+	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration -fuzztime $(FUZZTIME)
+
+bench:
+	go test ./... -run '^$$' -bench . -benchmem

@@ -1,0 +1,127 @@
+// Package connecttest is a Consul agent for tests, as httptest is a server for
+// tests: it serves captured answers by path, with Consul's blocking queries.
+//
+// It imports nothing of ours; tests of any package may use it.
+package connecttest
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Agent answers requests. Make it with New, and Close it.
+type Agent struct {
+	srv *httptest.Server
+
+	mu      sync.Mutex
+	changed chan struct{}
+	answers map[string]*answer
+	fail    int
+	asked   map[string]int
+}
+
+type answer struct {
+	body  string
+	index uint64
+}
+
+// New starts an agent without answers: everything is 404.
+func New() *Agent {
+	a := &Agent{changed: make(chan struct{}), answers: map[string]*answer{}, asked: map[string]int{}}
+	a.srv = httptest.NewServer(http.HandlerFunc(a.serve))
+	return a
+}
+
+// Close ends every blocked query and the server.
+func (a *Agent) Close() {
+	a.srv.CloseClientConnections()
+	a.srv.Close()
+}
+
+// Addr is host:port.
+func (a *Agent) Addr() string { return strings.TrimPrefix(a.srv.URL, "http://") }
+
+// Set gives a path its answer and wakes the queries that wait for it. The body may
+// be anything: also what no agent would ever say.
+func (a *Agent) Set(path, body string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	one := a.answers[path]
+	if one == nil {
+		one = &answer{index: 9}
+		a.answers[path] = one
+	}
+	one.body = body
+	one.index++
+	a.wake()
+}
+
+// Fail makes every request answer this status, until Fail(0).
+func (a *Agent) Fail(status int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fail = status
+	a.wake()
+}
+
+// Asked counts the requests for a path.
+func (a *Agent) Asked(path string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.asked[path]
+}
+
+// wake needs a.mu.
+func (a *Agent) wake() {
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
+
+func (a *Agent) serve(w http.ResponseWriter, r *http.Request) {
+	path := r.URL.Path
+	index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
+	hash := r.URL.Query().Get("hash")
+	a.mu.Lock()
+	a.asked[path]++
+	deadline := time.After(time.Minute)
+	for {
+		one, fail, changed := a.answers[path], a.fail, a.changed
+		if fail != 0 {
+			a.mu.Unlock()
+			http.Error(w, "the test says so", fail)
+			return
+		}
+		if one == nil {
+			a.mu.Unlock()
+			http.Error(w, "unknown service ID", http.StatusNotFound)
+			return
+		}
+		sum := sha256.Sum256([]byte(one.body))
+		now := hex.EncodeToString(sum[:8])
+		if one.index > index && now != hash {
+			body, at := one.body, one.index
+			a.mu.Unlock()
+			w.Header().Set("X-Consul-Index", fmt.Sprint(at))
+			w.Header().Set("X-Consul-ContentHash", now)
+			w.Header().Set("Content-Type", "application/json")
+			_, _ = w.Write([]byte(body))
+			return
+		}
+		a.mu.Unlock()
+		select {
+		case <-changed:
+		case <-deadline:
+			return
+		case <-r.Context().Done():
+			return
+		}
+		a.mu.Lock()
+	}
+}

@@ -1,0 +1,190 @@
+package intentions
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+)
+
+const td = "11111111-2222-3333-4444-555555555555.consul"
+
+func id(service string) certs.SPIFFEID {
+	return certs.SPIFFEID{TrustDomain: td, Partition: "default", Namespace: "default", Datacenter: "dc1", Service: service}
+}
+
+func src(name string) Source { return Source{Name: name, Namespace: "default", Partition: "default"} }
+
+func TestZeroPolicyDenies(t *testing.T) {
+	var zero Policy
+	require.False(t, zero.Decide(id("web"), nil).Allow)
+	var none *Policy
+	require.False(t, none.Decide(id("web"), &Request{}).Allow)
+}
+
+func TestPrecedence(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		list   []Intention
+		dflt   bool
+		caller string
+		allow  bool
+		rule   string
+	}{
+		{"default deny", nil, false, "web", false, "default"},
+		{"default allow", nil, true, "web", true, "default"},
+		{"exact allow over wildcard deny", []Intention{{Source: src("*"), Precedence: 8}, {Source: src("web"), Allow: true, Precedence: 9}}, false, "web", true, "web=>api"},
+		{"wildcard for others", []Intention{{Source: src("*"), Precedence: 8}, {Source: src("web"), Allow: true, Precedence: 9}}, true, "db", false, "*=>api"},
+		{"wildcard to api hides exact to all", []Intention{{Source: src("web"), Allow: true, Precedence: 6}, {Source: src("*"), Precedence: 8}}, true, "web", false, "*=>api"},
+		{"exact to all over all to all", []Intention{{Source: src("*"), Precedence: 5}, {Source: src("web"), Allow: true, Precedence: 6}}, false, "web", true, "web=>api"},
+		{"permissions on tcp deny", []Intention{{Source: src("web"), Precedence: 9, Permissions: []Permission{{Allow: true}}}}, true, "web", false, "web=>api"},
+		{"unsupported denies", []Intention{{Source: src("web"), Allow: true, Precedence: 9, Unsupported: "it wants a token"}}, true, "web", false, "web=>api"},
+		{"peer of the same name is another", []Intention{{Source: Source{Name: "web", Peer: "east"}, Precedence: 9}}, true, "web", true, "default"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := NewPolicy(Config{Destination: "api", TrustDomain: td, DefaultAllow: c.dflt, Intentions: c.list})
+			d := p.Decide(id(c.caller), nil)
+			require.Equal(t, c.allow, d.Allow, d.Reason)
+			require.Equal(t, c.rule, d.Rule)
+			require.NotEmpty(t, d.Reason)
+		})
+	}
+}
+
+func TestForeignTrustDomainIsDenied(t *testing.T) {
+	p := NewPolicy(Config{Destination: "api", TrustDomain: td, DefaultAllow: true, Peers: map[string]string{"east": "east.consul"},
+		Intentions: []Intention{{Source: Source{Name: "web", Peer: "east"}, Precedence: 9}, {Source: Source{Name: "*", Peer: "east"}, Allow: true, Precedence: 8}}})
+	stranger := id("web")
+	stranger.TrustDomain = "elsewhere.consul"
+	require.False(t, p.Decide(stranger, nil).Allow)
+	peer := id("web")
+	peer.TrustDomain = "east.consul"
+	require.False(t, p.Decide(peer, nil).Allow)
+	peer.Service = "db"
+	require.True(t, p.Decide(peer, nil).Allow)
+	require.True(t, p.Decide(id("web"), nil).Allow)
+}
+
+func TestPermissions(t *testing.T) {
+	h := func(m HeaderMatch) []Permission { return []Permission{{Allow: true, Headers: []HeaderMatch{m}}} }
+	req := func(path string, kv ...string) *Request {
+		r := &Request{Method: "GET", Path: path}
+		for i := 0; i < len(kv); i += 2 {
+			r.Headers = append(r.Headers, Header{kv[i], kv[i+1]})
+		}
+		return r
+	}
+	for _, c := range []struct {
+		name  string
+		perms []Permission
+		req   *Request
+		want  bool
+	}{
+		{"exact path", []Permission{{Allow: true, PathExact: "/a"}}, req("/a"), true},
+		{"exact path, other", []Permission{{Allow: true, PathExact: "/a"}}, req("/a/"), false},
+		{"prefix", []Permission{{Allow: true, PathPrefix: "/a"}}, req("/a/b"), true},
+		{"regex is a full match", []Permission{{Allow: true, PathRegex: "/a[0-9]"}}, req("/a12"), false},
+		{"regex alternation is a full match", []Permission{{Allow: true, PathRegex: "/a|/b"}}, req("/ax"), false},
+		{"regex", []Permission{{Allow: true, PathRegex: "/a[0-9]+"}}, req("/a12"), true},
+		{"regex sees no line end trick", []Permission{{Allow: true, PathRegex: "/a"}}, req("/a\n"), false},
+		{"method", []Permission{{Allow: true, Methods: []string{"PUT", "GET"}}}, req("/"), true},
+		{"other method", []Permission{{Allow: true, Methods: []string{"PUT"}}}, req("/"), false},
+		{"first match decides", []Permission{{PathPrefix: "/admin"}, {Allow: true, PathPrefix: "/"}}, req("/admin/x"), false},
+		{"second match", []Permission{{PathPrefix: "/admin"}, {Allow: true, PathPrefix: "/"}}, req("/x"), true},
+		{"present", h(HeaderMatch{Name: "X-A", Present: true}), req("/", "x-a", "1"), true},
+		{"present but empty is absent", h(HeaderMatch{Name: "X-A", Present: true}), req("/", "x-a", ""), false},
+		{"present, inverted", h(HeaderMatch{Name: "X-A", Present: true, Invert: true}), req("/"), true},
+		{"exact", h(HeaderMatch{Name: "x-a", Exact: "One"}), req("/", "x-a", "One"), true},
+		{"exact, case", h(HeaderMatch{Name: "x-a", Exact: "One"}), req("/", "x-a", "one"), false},
+		{"exact, ignoring case", h(HeaderMatch{Name: "x-a", Exact: "One", IgnoreCase: true}), req("/", "x-a", "oNE"), true},
+		{"prefix of header", h(HeaderMatch{Name: "x-a", Prefix: "On"}), req("/", "x-a", "One"), true},
+		{"suffix of header", h(HeaderMatch{Name: "x-a", Suffix: "ne"}), req("/", "x-a", "One"), true},
+		{"contains", h(HeaderMatch{Name: "x-a", Contains: "n"}), req("/", "x-a", "One"), true},
+		{"regex of header is a full match", h(HeaderMatch{Name: "x-a", Regex: "O"}), req("/", "x-a", "One"), false},
+		{"repeated header is joined", h(HeaderMatch{Name: "x-a", Exact: "1,2"}), req("/", "x-a", "1", "x-a", "2"), true},
+		{"inverted exact, header absent", h(HeaderMatch{Name: "x-a", Exact: "1", Invert: true}), req("/"), true},
+		{"a condition that says nothing", h(HeaderMatch{Name: "x-a"}), req("/", "x-a", "1"), false},
+		{"all parts must match", []Permission{{Allow: true, PathExact: "/a", Methods: []string{"PUT"}}}, req("/a"), false},
+		{"a regex that does not compile denies", []Permission{{Allow: true, PathRegex: "("}}, req("/"), false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := NewPolicy(Config{Destination: "api", TrustDomain: td, HTTP: true,
+				Intentions: []Intention{{Source: src("web"), Precedence: 9, Permissions: c.perms}, {Source: src("*"), Allow: true, Precedence: 8}}})
+			d := p.Decide(id("web"), c.req)
+			require.Equal(t, c.want, d.Allow, "%s: %s", d.Rule, d.Reason)
+			require.False(t, p.Decide(id("web"), nil).Allow, "a connection is not allowed before its requests")
+		})
+	}
+}
+
+// A reference that follows the documentation word for word, without indexes.
+func slow(list []Intention, caller string, dflt bool) bool {
+	best := -1
+	for i, in := range list {
+		if (in.Source.Name == caller || in.Source.Name == "*") && (best < 0 || in.Precedence > list[best].Precedence) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return dflt
+	}
+	return list[best].Allow
+}
+
+func TestAgreesWithReference(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	names := []string{"a", "b", "c", "d", "*"}
+	for n := range 20000 {
+		var list []Intention
+		used := map[string]bool{}
+		for range r.IntN(8) {
+			name, toAll := names[r.IntN(len(names))], r.IntN(2) == 0
+			key := fmt.Sprint(name, toAll)
+			if used[key] {
+				continue
+			}
+			used[key] = true
+			prec := map[[2]bool]int{{false, false}: 9, {true, false}: 8, {false, true}: 6, {true, true}: 5}[[2]bool{name == "*", toAll}]
+			list = append(list, Intention{Source: src(name), Allow: r.IntN(2) == 0, Precedence: prec})
+		}
+		dflt := r.IntN(2) == 0
+		p := NewPolicy(Config{Destination: "api", TrustDomain: td, DefaultAllow: dflt, Intentions: list})
+		for _, c := range names[:4] {
+			require.Equal(t, slow(list, c, dflt), p.Decide(id(c), nil).Allow, "case %d, caller %s: %+v", n, c, list)
+		}
+	}
+}
+
+func TestDecideAllocatesNothing(t *testing.T) {
+	var list []Intention
+	for i := range 1000 {
+		list = append(list, Intention{Source: src(fmt.Sprint("s", i)), Allow: true, Precedence: 9})
+	}
+	p := NewPolicy(Config{Destination: "api", TrustDomain: td, Intentions: list})
+	caller := id("s500")
+	require.Zero(t, testing.AllocsPerRun(100, func() {
+		if !p.Decide(caller, nil).Allow {
+			t.Fatal("denied")
+		}
+	}))
+}
+
+func BenchmarkDecide(b *testing.B) {
+	for _, n := range []int{10, 1000, 10000} {
+		var list []Intention
+		for i := range n {
+			list = append(list, Intention{Source: src(fmt.Sprint("s", i)), Allow: true, Precedence: 9})
+		}
+		p := NewPolicy(Config{Destination: "api", TrustDomain: td, Intentions: append(list, Intention{Source: src("*"), Precedence: 8})})
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			caller := id(fmt.Sprint("s", n/2))
+			b.ReportAllocs()
+			for b.Loop() {
+				p.Decide(caller, nil)
+			}
+		})
+	}
+}

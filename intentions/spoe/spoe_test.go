@@ -1,0 +1,329 @@
+package spoe
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/pem"
+
+	"io"
+	"net"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+)
+
+const td = "11111111-2222-3333-4444-555555555555.consul"
+
+// caller makes DER certificates.
+func caller(t testing.TB, services ...string) []byte {
+	ca, err := certs.NewAuthority(td)
+	require.NoError(t, err)
+	var uris []*url.URL
+	for _, s := range services {
+		u, err := url.Parse(ca.ID(s).String())
+		require.NoError(t, err)
+		uris = append(uris, u)
+	}
+	chain, _, err := ca.Sign(uris, time.Now(), time.Hour)
+	require.NoError(t, err)
+	block, _ := pem.Decode([]byte(chain))
+	return block.Bytes
+}
+
+func policy(allow ...string) *intentions.Policy {
+	c := intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}
+	for _, a := range allow {
+		c.Intentions = append(c.Intentions, intentions.Intention{Source: intentions.Source{Name: a}, Allow: true, Precedence: 9})
+	}
+	c.Intentions = append(c.Intentions, intentions.Intention{Source: intentions.Source{Name: "l7"}, Precedence: 9,
+		Permissions: []intentions.Permission{{Allow: true, PathPrefix: "/ok", Headers: []intentions.HeaderMatch{{Name: "x-key", Exact: "1"}}}}})
+	return intentions.NewPolicy(c)
+}
+
+// haproxy is HAProxy's side of a connection.
+type haproxy struct {
+	t testing.TB
+	c net.Conn
+	b []byte
+}
+
+func (h *haproxy) send(b []byte) {
+	_, err := h.c.Write(b)
+	require.NoError(h.t, err)
+}
+
+func helloFrame(check bool) []byte {
+	b := beginFrame(nil, frameHAProxyHello, 0, 0)
+	b = appendString(appendText(b, "supported-versions"), "2.0")
+	b = appendVarint(append(appendText(b, "max-frame-size"), typeUint32), maxFrame)
+	b = appendString(appendText(b, "capabilities"), "pipelining,async")
+	if check {
+		b = append(appendText(b, "healthcheck"), typeBool|boolTrue)
+	}
+	return endFrame(b, 0)
+}
+
+func binaryArg(b []byte, name string, v []byte) []byte {
+	b = append(appendText(b, name), typeBinary)
+	return append(appendVarint(b, uint64(len(v))), v...)
+}
+
+func notifyConnection(id uint64, der []byte) []byte {
+	b := beginFrame(nil, frameNotify, id, 1)
+	b = append(appendText(b, MessageConnection), 1)
+	return endFrame(binaryArg(b, ArgCert, der), 0)
+}
+
+func headersBin(kv ...string) []byte {
+	var b []byte
+	for _, s := range kv {
+		b = appendText(b, s)
+	}
+	return append(b, 0, 0)
+}
+
+func notifyRequest(id uint64, der []byte, method, path string, headers []byte) []byte {
+	b := beginFrame(nil, frameNotify, id, 1)
+	b = append(appendText(b, MessageRequest), 4)
+	b = binaryArg(b, ArgCert, der)
+	b = appendString(appendText(b, ArgMethod), method)
+	b = appendString(appendText(b, ArgPath), path)
+	return endFrame(binaryArg(b, ArgHeaders, headers), 0)
+}
+
+// ack reads one answer: its stream and the variables it sets.
+func (h *haproxy) ack() (uint64, map[string]string) {
+	require.NoError(h.t, h.c.SetReadDeadline(time.Now().Add(10*time.Second)))
+	f, err := readFrame(h.c, h.b)
+	require.NoError(h.t, err)
+	require.Equal(h.t, byte(frameAck), f.kind)
+	vars := map[string]string{}
+	for b := f.payload; len(b) > 0; {
+		require.Equal(h.t, []byte{1, 3}, b[:2])
+		name, rest, ok := text(b[3:])
+		require.True(h.t, ok)
+		v, rest, ok := typed(rest)
+		require.True(h.t, ok)
+		vars[string(name)] = string(v.bytes)
+		b = rest
+	}
+	return f.stream, vars
+}
+
+func start(t testing.TB, a *Agent) (connect func() *haproxy, stop func()) {
+	path := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- a.Serve(ctx, ln) }()
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			cancel()
+			require.NoError(t, <-done)
+		})
+	}
+	t.Cleanup(stop)
+	return func() *haproxy {
+		c, err := net.Dial("unix", path)
+		require.NoError(t, err)
+		t.Cleanup(func() { c.Close() })
+		h := &haproxy{t: t, c: c, b: make([]byte, maxFrame)}
+		h.send(helloFrame(false))
+		f, err := readFrame(c, h.b)
+		require.NoError(t, err)
+		require.Equal(t, byte(frameAgentHello), f.kind)
+		return h
+	}, stop
+}
+
+func TestAgentAnswers(t *testing.T) {
+	var mu sync.Mutex
+	var told []string
+	a := New(Options{Denied: func(source string, d intentions.Decision) {
+		mu.Lock()
+		told = append(told, source+" "+d.Rule)
+		mu.Unlock()
+	}})
+	connect, _ := start(t, a)
+	h := connect()
+	web, db, l7, two, none := caller(t, "web"), caller(t, "db"), caller(t, "l7"), caller(t, "web", "db"), caller(t)
+	ask := func(der []byte) map[string]string {
+		h.send(notifyConnection(7, der))
+		stream, vars := h.ack()
+		require.Equal(t, uint64(7), stream)
+		return vars
+	}
+	require.Equal(t, Deny, ask(web)[VarVerdict], "before any policy")
+	first := a.SetPolicy(policy("web"))
+	got := ask(web)
+	require.Equal(t, Allow, got[VarVerdict])
+	require.Equal(t, first, got[VarGeneration])
+	require.Equal(t, "web", got[VarService])
+	require.Equal(t, "web=>api", got[VarRule])
+	require.Equal(t, Deny, ask(db)[VarVerdict])
+	require.Equal(t, Deny, ask(db)[VarVerdict], "again, from the cache")
+	for _, der := range [][]byte{two, none, nil, []byte("junk"), web[:len(web)-1]} {
+		require.Equal(t, Deny, ask(der)[VarVerdict])
+	}
+	require.Equal(t, Ask, ask(l7)[VarVerdict])
+	second := a.SetPolicy(policy("db"))
+	require.NotEqual(t, first, second)
+	require.Equal(t, Deny, ask(web)[VarVerdict], "a swap is seen by the next question")
+	require.Equal(t, Allow, ask(db)[VarVerdict])
+
+	request := func(path string, headers []byte) string {
+		h.send(notifyRequest(9, l7, "GET", path, headers))
+		_, vars := h.ack()
+		return vars[VarRequestVerdict]
+	}
+	require.Equal(t, Allow, request("/ok/x", headersBin("host", "a", "x-key", "1")))
+	require.Equal(t, Deny, request("/ok/x", headersBin("host", "a")))
+	require.Equal(t, Deny, request("/no", headersBin("x-key", "1")))
+	require.Equal(t, Deny, request("/ok", []byte{5, 'x'}), "headers that cannot be read")
+	require.Equal(t, Deny, request("/ok", nil))
+	mu.Lock()
+	defer mu.Unlock()
+	count := 0
+	for _, s := range told {
+		if strings.HasSuffix(s, "/svc/db default") {
+			count++
+		}
+	}
+	require.Equal(t, 1, count, "each kind of deny is told once: %q", told)
+}
+
+func TestPipelinedAndParallel(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	connect, _ := start(t, a)
+	web, db := caller(t, "web"), caller(t, "db")
+	var wg sync.WaitGroup
+	for range 20 {
+		h := connect()
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			var burst []byte
+			for i := range uint64(50) {
+				der := web
+				if i%2 == 1 {
+					der = db
+				}
+				burst = append(burst, notifyConnection(i, der)...)
+			}
+			go h.c.Write(burst)
+			for i := range uint64(50) {
+				stream, vars := h.ack()
+				if want := map[bool]string{true: Allow, false: Deny}[i%2 == 0]; stream != i || vars[VarVerdict] != want {
+					t.Errorf("stream %d: %v, want %d %s", stream, vars, i, want)
+				}
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+func TestMalformedEndsTheConnection(t *testing.T) {
+	a := New(Options{})
+	connect, _ := start(t, a)
+	long := make([]byte, 4)
+	binary.BigEndian.PutUint32(long, maxFrame+1)
+	frag := notifyConnection(1, nil)
+	frag[8] = 0 // not the last fragment
+	for i, bad := range [][]byte{long, {0, 0, 0, 1, 3}, helloFrame(false), frag,
+		endFrame(append(beginFrame(nil, frameNotify, 1, 1), 200), 0),
+		endFrame(append(appendText(beginFrame(nil, frameNotify, 1, 1), "unknown"), 0), 0)} {
+		h := connect()
+		h.send(bad)
+		require.NoError(t, h.c.SetReadDeadline(time.Now().Add(10*time.Second)))
+		_, err := io.Copy(io.Discard, h.c)
+		require.NoError(t, err, "case %d: the connection ends", i)
+	}
+	h := connect() // and others are still served
+	h.send(notifyConnection(1, nil))
+	_, vars := h.ack()
+	require.Equal(t, Deny, vars[VarVerdict])
+}
+
+func TestStopEndsOpenConnections(t *testing.T) {
+	a := New(Options{})
+	connect, stop := start(t, a)
+	h := connect()
+	stop()
+	require.NoError(t, h.c.SetReadDeadline(time.Now().Add(10*time.Second)))
+	_, err := h.c.Read(make([]byte, 1))
+	require.Error(t, err)
+}
+
+func TestVarint(t *testing.T) {
+	for _, v := range []uint64{0, 1, 239, 240, 241, 2287, 2288, 264431, 264432, 1 << 20, 1 << 40, 1<<63 - 1, 1 << 63, 1<<64 - 1} {
+		got, rest, ok := varint(append(appendVarint(nil, v), 9))
+		require.True(t, ok)
+		require.Equal(t, v, got)
+		require.Equal(t, []byte{9}, rest)
+	}
+}
+
+// FuzzFrame: whatever arrives, the agent neither panics nor allows.
+func FuzzFrame(f *testing.F) {
+	der := caller(f, "web")
+	f.Add(helloFrame(true)[4:])
+	f.Add(notifyConnection(1, der)[4:])
+	f.Add(notifyRequest(1, der, "GET", "/ok", headersBin("x-key", "1"))[4:])
+	f.Add([]byte{3, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
+	a := New(Options{})
+	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		fr, err := parseFrame(b)
+		if err != nil {
+			return
+		}
+		_, _, _ = hello(fr)
+		c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+		out, err := c.notify(nil, fr)
+		if err != nil {
+			if len(out) != 0 {
+				t.Fatal("part of an answer was left")
+			}
+			return
+		}
+		if bytes.Contains(out, []byte("\x08\x05allow")) {
+			t.Fatalf("allowed: %q", out)
+		}
+		if n := binary.BigEndian.Uint32(out); int(n) != len(out)-4 {
+			t.Fatalf("frame says %d bytes, has %d", n, len(out)-4)
+		}
+	})
+}
+
+func BenchmarkAnswer(b *testing.B) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	frames := map[string][]byte{"connection": notifyConnection(1, caller(b, "web")),
+		"request": notifyRequest(1, caller(b, "l7"), "GET", "/ok", headersBin("host", "x", "x-key", "1"))}
+	for name, raw := range frames {
+		b.Run(name, func(b *testing.B) {
+			c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+			f, err := parseFrame(raw[4:])
+			require.NoError(b, err)
+			var out []byte
+			b.ReportAllocs()
+			for b.Loop() {
+				if out, err = c.notify(out[:0], f); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
