@@ -102,7 +102,9 @@ func NewPlan(running, want *render.Config, can Can) Plan {
 	var p Plan
 	maps(running, want, &p)
 	for i, now := range running.Sections {
-		servers(now, want.Sections[i], &p)
+		if now != want.Sections[i] {
+			servers(now, want.Sections[i], &p)
+		}
 	}
 	certificates(running, want, &p)
 	slices.SortStableFunc(p.Commands, func(a, b Command) int { return int(a.Kind) - int(b.Kind) })
@@ -111,6 +113,16 @@ func NewPlan(running, want *render.Config, can Can) Plan {
 
 // structure finds what the runtime API cannot change.
 func structure(running, want *render.Config) Plan {
+	if len(running.Sections) == len(want.Sections) {
+		same := true
+		for i, s := range running.Sections {
+			w := want.Sections[i]
+			same = same && (s == w || key(s) == key(w) && s.Head == w.Head)
+		}
+		if same {
+			return files(running, want)
+		}
+	}
 	have := make(map[string]*render.Section, len(running.Sections))
 	for _, s := range running.Sections {
 		have[key(s)] = s
@@ -150,6 +162,11 @@ func structure(running, want *render.Config) Plan {
 	case !same:
 		return Plan{Reload: Structure, Detail: "the order of sections"}
 	}
+	return files(running, want)
+}
+
+// files finds changed files that HAProxy only reads when it starts.
+func files(running, want *render.Config) Plan {
 	for name, text := range want.Files {
 		if running.Files[name] != text && !strings.HasPrefix(name, "maps/") {
 			return Plan{Reload: Structure, Detail: "changed " + name}
@@ -181,6 +198,9 @@ func list(what string, names []string) string {
 func maps(running, want *render.Config, p *Plan) {
 	for _, class := range sorted(want.Slots) {
 		now, next := running.Slots[class], want.Slots[class]
+		if now == next {
+			continue
+		}
 		file := want.Dir + "/" + render.SlotMapFile(class)
 		if _, ok := want.Files[render.SlotMapFile(class)]; !ok {
 			continue // the Go dialer's slots have no map

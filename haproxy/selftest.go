@@ -49,7 +49,7 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 	free.Close()
 
 	snap := mesh.snapshot(dir, public)
-	o.Dir, o.Generation, o.AccessLog = dir, "selftest", render.LogOff
+	o.Dir, o.AccessLog = dir, render.LogOff
 	r, err := render.New(o)
 	if err != nil {
 		return err

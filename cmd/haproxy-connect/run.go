@@ -192,7 +192,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	renderer, err := render.New(render.Options{
 		Dir: s.dir, User: s.account.User, Group: s.account.Group, Threads: s.conf.threads, MaxConn: s.conf.maxConn,
 		HardStopAfter: s.conf.hardStop, AccessLog: render.AccessLog(s.conf.accessLog), Originator: originator,
-		LuaBool: f.LuaBool, NoSNIAuto: f.NoSNIAuto, PoolParam: f.PoolParam,
+		LuaBool: f.LuaBool,
 	})
 	if err != nil {
 		return err
@@ -335,7 +335,7 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	}
 	f := s.binary.Version.Features()
 	begun := time.Now()
-	err = haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, NoSNIAuto: f.NoSNIAuto, MaxConn: 100},
+	err = haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, MaxConn: 100},
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {

@@ -131,7 +131,7 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	}
 	r, err := render.New(render.Options{Dir: c.dir(id), User: account.User, Group: account.Group, Threads: c.threads, MaxConn: c.maxConn,
 		HardStopAfter: c.hardStop, AccessLog: render.AccessLog(c.accessLog), Originator: originator,
-		LuaBool: f.LuaBool, NoSNIAuto: f.NoSNIAuto, PoolParam: f.PoolParam})
+		LuaBool: f.LuaBool})
 	if err != nil {
 		return err
 	}

@@ -363,7 +363,11 @@ func (p *Process) read(r io.ReadCloser, do func(string)) {
 	}
 }
 
+// line takes what HAProxy logs. From 3.0 on the Lua filter's words come here.
 func (p *Process) line(s string) {
+	if p.refused(s) {
+		return
+	}
 	if p.conf.Line != nil {
 		p.conf.Line(s)
 	}
@@ -375,11 +379,7 @@ func (p *Process) alert(s string) {
 		return
 	}
 	p.alerts.add(s)
-	if _, what, ok := strings.Cut(s, "identity refused: "); ok {
-		p.refusals.Add(1)
-		if p.first(what) {
-			p.conf.Log.Warn("an upstream showed a wrong identity", "endpoint", clean(what), "try", "is the registered address really this service's?")
-		}
+	if p.refused(s) {
 		return
 	}
 	switch {
@@ -390,6 +390,19 @@ func (p *Process) alert(s string) {
 	default:
 		p.conf.Log.Debug("haproxy", "says", clean(s))
 	}
+}
+
+// refused recognises the filter's message about a server of a wrong identity.
+func (p *Process) refused(s string) bool {
+	before, what, ok := strings.Cut(s, "identity refused: ")
+	if !ok || strings.Contains(before, "access") {
+		return false
+	}
+	p.refusals.Add(1)
+	if p.first(what) {
+		p.conf.Log.Warn("an upstream showed a wrong identity", "endpoint", clean(what), "try", "is the registered address really this service's?")
+	}
+	return true
 }
 
 // Refusals counts connections to upstreams that showed a wrong identity.

@@ -43,8 +43,6 @@ type Features struct {
 	WaitRemovable bool // 3.0: `wait ... srv-removable`
 	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
 	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
-	NoSNIAuto     bool // 3.3: sends SNI by itself unless told not to
-	PoolParam     bool // 2.6: dynamic servers pool connections only when told
 }
 
 // Features of a version.
@@ -54,8 +52,6 @@ func (v Version) Features() Features {
 		WaitRemovable: !v.Less(3, 0, 0),
 		LuaBool:       !v.Less(3, 1, 0),
 		CACommit:      !v.Less(3, 2, 8),
-		NoSNIAuto:     !v.Less(3, 3, 0),
-		PoolParam:     v.Less(2, 9, 0),
 	}
 }
 
@@ -65,7 +61,7 @@ func (f Features) Names() []string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.CACommit, "ca-commit"}, {f.NoSNIAuto, "no-sni-auto"}, {f.PoolParam, "pool-param"}} {
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.CACommit, "ca-commit"}} {
 		if x.on {
 			out = append(out, x.name)
 		}

@@ -16,7 +16,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -54,12 +54,8 @@ type Options struct {
 	HardStopAfter time.Duration
 	AccessLog     AccessLog // "": off
 	Originator    Originator
-	Generation    string // of the policy in force
-	NoAuthorize   bool   // self-test only: no inbound side
 
-	LuaBool   bool // the version wants tune.lua.bool-sample-conversion (3.1+)
-	NoSNIAuto bool // the version would send SNI by itself (3.3+)
-	PoolParam bool // dynamic servers pool connections only when told (2.6)
+	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
 }
 
 // Config is what HAProxy should run. Treat as read-only.
@@ -81,6 +77,21 @@ type Section struct {
 	Name    string // "backend redis.default.dc1"
 	Servers []Server
 	class   string // of the slots its servers use
+	text    string // as in the file
+}
+
+func (s *Section) assemble() string {
+	var b strings.Builder
+	b.WriteString("\n# ")
+	b.WriteString(s.Comment)
+	b.WriteString("\n")
+	b.WriteString(s.Head)
+	for i := range s.Servers {
+		b.WriteString("  ")
+		b.WriteString(s.Servers[i].Line())
+		b.WriteString("\n")
+	}
+	return b.String()
 }
 
 // Server is one line that the runtime API can add and remove.
@@ -116,27 +127,27 @@ func (c *Config) Text() string {
 	var b strings.Builder
 	b.WriteString("# Written by haproxy-connect from what Consul says; changes here are lost.\n")
 	for _, s := range c.Sections {
-		b.WriteString("\n# ")
-		b.WriteString(s.Comment)
-		b.WriteString("\n")
-		b.WriteString(s.Head)
-		for _, srv := range s.Servers {
-			b.WriteString("  ")
-			b.WriteString(srv.Line())
-			b.WriteString("\n")
-		}
+		b.WriteString(s.text)
 	}
 	return b.String()
 }
 
 // SlotMap is the content of a class's map file.
 func (t *SlotTable) SlotMap() string {
-	lines := make([]string, 0, len(t.Used))
+	byID := make([]string, t.Size+1)
 	for value, id := range t.Used {
-		lines = append(lines, fmt.Sprintf("%d %s\n", slotID(id), value))
+		byID[id] = value
 	}
-	slices.Sort(lines)
-	return strings.Join(lines, "")
+	var b strings.Builder
+	for id, value := range byID {
+		if value != "" {
+			b.WriteString(strconv.Itoa(slotID(id)))
+			b.WriteString(" ")
+			b.WriteString(value)
+			b.WriteString("\n")
+		}
+	}
+	return b.String()
 }
 
 // slotID keeps socket IDs clear of those HAProxy numbers itself.
@@ -253,7 +264,9 @@ func (b *builder) build(comment string) (*Section, error) {
 	if n := strings.Count(text, "\n"); n != len(b.lines)+1 {
 		return nil, fmt.Errorf("%s: config-parser made %d lines of %d", title, n, len(b.lines)+1)
 	}
-	return &Section{Comment: comment, Head: text, Name: title}, nil
+	sec := &Section{Comment: comment, Head: text, Name: title}
+	sec.text = sec.assemble()
+	return sec, nil
 }
 
 func ms(d time.Duration) string {

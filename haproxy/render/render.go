@@ -19,15 +19,23 @@ import (
 // Renderer keeps the sections of upstreams that have not changed since the last
 // call; the result is the same as without it.
 type Renderer struct {
-	opt   Options
-	cache map[*connect.Upstream]cached
+	opt        Options
+	cache      map[*connect.Upstream]*cached
+	made       map[string]*Section // sections by what went into them
+	connectors map[connectorKey][]*Section
 }
 
+type connectorKey struct {
+	class string
+	size  int
+}
+
+// cached is what one upstream became.
 type cached struct {
-	roots    string
-	front    *Section
-	back     *Section
-	assigned string
+	front, back *Section // back without its servers
+	values      []string // of its endpoints' slots
+	slots       []int    // as assigned when full was made
+	full        *Section // back with its servers
 }
 
 // New makes a renderer for one run directory.
@@ -53,7 +61,7 @@ func New(o Options) (*Renderer, error) {
 	if o.HardStopAfter == 0 {
 		o.HardStopAfter = 30 * time.Minute
 	}
-	return &Renderer{opt: o, cache: map[*connect.Upstream]cached{}}, nil
+	return &Renderer{opt: o, cache: map[*connect.Upstream]*cached{}, connectors: map[connectorKey][]*Section{}}, nil
 }
 
 // Refused is an upstream that cannot be rendered: it is left out, the others stay.
@@ -80,30 +88,37 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	c.Files[LeafList] = o.path(LeafFile) + " dummy.invalid\n" // haproxy.md, fact 3: a name filter, or 2.6 forgets client verification
 	c.Files[PolicyMap] = PolicyKey + " " + generation + "\n"
 
-	add := func(sec *Section, e error) {
-		if e != nil {
-			err = errors.Join(err, e)
-			return
+	keep := map[string]*Section{}
+	add := func(b *builder, comment string, e error) {
+		if e == nil {
+			var sec *Section
+			if sec, e = r.build(b, comment, keep); e == nil {
+				c.Sections = append(c.Sections, sec)
+			}
 		}
-		c.Sections = append(c.Sections, sec)
+		err = errors.Join(err, e)
 	}
-	for _, sec := range o.global() {
-		add(sec.build(sec.comment()))
+	for _, g := range o.global() {
+		add(g.builder, g.what, nil)
 	}
-	add(o.defaults().build("defaults of every proxy below"))
-	add(o.admin().build("statistics and metrics, for haproxy-connect alone"))
-	if s.Inbound.Port != 0 && !o.NoAuthorize {
+	add(o.defaults(), "defaults of every proxy below", nil)
+	add(o.admin(), "statistics and metrics, for haproxy-connect alone", nil)
+	if s.Inbound.Port != 0 {
 		c.Files[SPOEFile] = o.spoe()
-		add(o.authz().build("the agent that knows the intentions"))
-		add(o.public(s))
+		add(o.authz(), "the agent that knows the intentions", nil)
+		b, e := o.public(s)
+		add(b, "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions", e)
 		if s.Inbound.UnsecuredPort != 0 {
-			add(o.unsecured(&s.Inbound).build("WARNING: unsecured_bind_port, no TLS and no intentions"))
+			add(o.unsecured(&s.Inbound), "WARNING: unsecured_bind_port, no TLS and no intentions", nil)
 		}
-		add(o.local(&s.Inbound))
+		b, e = o.local(&s.Inbound)
+		add(b, "the application", e)
 		for _, group := range exposeGroups(s.Inbound.Expose) {
-			secs, e := o.expose(&s.Inbound, group)
+			list, e := o.expose(&s.Inbound, group)
 			err = errors.Join(err, e)
-			c.Sections = append(c.Sections, secs...)
+			for _, b := range list {
+				add(b, "WARNING: exposed paths, no TLS and no intentions", nil)
+			}
 		}
 	}
 	if err != nil {
@@ -112,55 +127,76 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 
 	// Upstreams: one that cannot be rendered must not take the others down.
 	slots := newSlots(prev)
-	next := make(map[*connect.Upstream]cached, len(s.Upstreams))
+	next := make(map[*connect.Upstream]*cached, len(s.Upstreams))
 	for _, u := range s.Upstreams {
-		hit, ok := r.cache[u]
-		if !ok || hit.roots != s.Roots.TrustDomain {
+		hit := r.cache[u]
+		if hit == nil {
 			front, back, e := o.upstream(u)
 			if e != nil {
 				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
 				continue
 			}
-			hit = cached{roots: s.Roots.TrustDomain, front: front, back: back}
-		}
-		back := hit.back
-		if class := back.class; class != "" {
-			slots.class(class)
-			for i := range u.Target.Endpoints {
-				slots.want(class, slotValue(&u.Target, &u.Target.Endpoints[i]))
+			hit = &cached{front: front, back: back}
+			if back.class != "" {
+				for i := range u.Target.Endpoints {
+					hit.values = append(hit.values, slotValue(&u.Target, &u.Target.Endpoints[i]))
+				}
 			}
+		}
+		if class := hit.back.class; class != "" {
+			slots.want(class, hit.values)
 		}
 		next[u] = hit
 	}
 	slots.assign()
 	for _, u := range s.Upstreams {
-		hit, ok := next[u]
-		if !ok {
+		hit := next[u]
+		if hit == nil {
 			continue
 		}
-		back, e := o.servers(u, hit.back, slots)
-		if e != nil {
-			refused = append(refused, &Refused{Upstream: u.Name, Err: e})
-			delete(next, u)
-			continue
+		if ids := slots.of(hit.back.class, hit.values); hit.full == nil || !slices.Equal(ids, hit.slots) {
+			full, e := o.servers(u, hit.back, ids)
+			if e != nil {
+				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
+				delete(next, u)
+				continue
+			}
+			hit.full, hit.slots = full, ids
 		}
-		c.Sections = append(c.Sections, hit.front, back)
+		c.Sections = append(c.Sections, hit.front, hit.full)
 	}
-	r.cache = next
 	c.Slots = slots.tables
+	connectors := map[connectorKey][]*Section{}
 	for _, class := range slices.Sorted(maps.Keys(slots.tables)) {
 		t := slots.tables[class]
 		if o.Originator == Go {
 			continue // the dialer listens on the slots
 		}
 		c.Files[SlotMapFile(class)] = t.SlotMap()
-		secs, e := o.connector(t)
-		if e != nil {
-			return nil, nil, e
+		k := connectorKey{class, t.Size}
+		if connectors[k] = r.connectors[k]; connectors[k] == nil {
+			if connectors[k], err = o.connector(t); err != nil {
+				return nil, nil, err
+			}
 		}
-		c.Sections = append(c.Sections, secs...)
+		c.Sections = append(c.Sections, connectors[k]...)
 	}
+	r.cache, r.made, r.connectors = next, keep, connectors
 	return c, refused, nil
+}
+
+// build makes a section, or finds the one made of the same lines last time.
+func (r *Renderer) build(b *builder, comment string, keep map[string]*Section) (*Section, error) {
+	key := comment + "\x00" + b.kind + "\x00" + b.name + "\x00" + strings.Join(b.lines, "\x00")
+	if sec := r.made[key]; sec != nil && b.err == nil {
+		keep[key] = sec
+		return sec, nil
+	}
+	sec, err := b.build(comment)
+	if err == nil {
+		keep[key] = sec
+	}
+	return sec, err
 }
 
 func (o *Options) path(p string) string { return o.Dir + "/" + p }
@@ -169,8 +205,6 @@ type globalSection struct {
 	*builder
 	what string
 }
-
-func (g globalSection) comment() string { return g.what }
 
 func (o *Options) global() []globalSection {
 	var out []globalSection
@@ -281,7 +315,7 @@ spoe-group ` + spoe.MessageRequest + `
 const sess, txn = "sess.hc.", "txn.hc."
 
 // public is the listener that the mesh calls.
-func (o *Options) public(s *connect.Snapshot) (*Section, error) {
+func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	in := &s.Inbound
 	b := section("frontend", "public")
 	mode := "tcp"
@@ -322,7 +356,7 @@ func (o *Options) public(s *connect.Snapshot) (*Section, error) {
 		b.add("tcp-request inspect-delay 5s")
 		b.add("tcp-request content send-spoe-group hc %s", spoe.MessageConnection)
 		b.add("tcp-request content reject unless { var(%s%s) -m str %s }", sess, spoe.VarVerdict, spoe.Allow)
-		return b.build("callers: mutual TLS, judged once per connection")
+		return b, nil
 	}
 
 	// A verdict is kept per connection and asked again when the policy's generation
@@ -348,7 +382,7 @@ func (o *Options) public(s *connect.Snapshot) (*Section, error) {
 	if in.CallerHeader != "" {
 		b.add("http-request set-header %s %%[var(%s%s)]", in.CallerHeader, sess, spoe.VarService)
 	}
-	return b.build("callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
+	return b, nil
 }
 
 // log sets the access log of a frontend.
@@ -391,7 +425,7 @@ func (o *Options) unsecured(in *connect.Inbound) *builder {
 	return b.add("default_backend local_app")
 }
 
-func (o *Options) local(in *connect.Inbound) (*Section, error) {
+func (o *Options) local(in *connect.Inbound) (*builder, error) {
 	b := section("backend", "local_app")
 	proto := ""
 	if in.Protocol.IsHTTP() {
@@ -418,7 +452,7 @@ func (o *Options) local(in *connect.Inbound) (*Section, error) {
 	if in.MaxConnections > 0 {
 		limit = fmt.Sprintf(" maxconn %d", in.MaxConnections)
 	}
-	return b.add("server app %s%s%s", addr, proto, limit).build("the application")
+	return b.add("server app %s%s%s", addr, proto, limit), nil
 }
 
 func exposeGroups(paths []connect.ExposePath) [][]connect.ExposePath {
@@ -434,13 +468,13 @@ func exposeGroups(paths []connect.ExposePath) [][]connect.ExposePath {
 }
 
 // expose opens exact paths of the application without mutual TLS.
-func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*Section, error) {
+func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*builder, error) {
 	port := group[0].ListenPort
 	front := section("frontend", fmt.Sprintf("expose_%d", port)).add("mode http").
 		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(port)))
 	o.log(front, true)
 	front.add("http-request del-header X-Forwarded-Client-Cert")
-	var secs []*Section
+	list := []*builder{front}
 	known := ""
 	for i, p := range group {
 		path, err := word("exposed path", p.Path)
@@ -454,18 +488,11 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*Se
 		if p.Protocol == connect.HTTP2 {
 			proto = " proto h2"
 		}
-		sec, err := section("backend", name).add("mode http").add("timeout connect %s", ms(in.LocalConnectTimeout)).
-			add("server app %s%s", net.JoinHostPort(in.Local.Address, strconv.Itoa(p.LocalPort)), proto).build("the application, exposed")
-		if err != nil {
-			return nil, err
-		}
-		secs = append(secs, sec)
+		list = append(list, section("backend", name).add("mode http").add("timeout connect %s", ms(in.LocalConnectTimeout)).
+			add("server app %s%s", net.JoinHostPort(in.Local.Address, strconv.Itoa(p.LocalPort)), proto))
 	}
-	f, err := front.add("http-request return status 404 unless { path -m str%s }", known).build("WARNING: exposed paths, no TLS and no intentions")
-	if err != nil {
-		return nil, err
-	}
-	return append([]*Section{f}, secs...), nil
+	front.add("http-request return status 404 unless { path -m str%s }", known)
+	return list, nil
 }
 
 // upstream makes the listener and the backend of one upstream, without servers.
@@ -582,9 +609,6 @@ func (o *Options) tlsOptions(alpn string) string {
 	if alpn != "" {
 		s += " alpn " + alpn
 	}
-	if o.NoSNIAuto {
-		s += " no-sni-auto"
-	}
 	return s
 }
 
@@ -633,7 +657,7 @@ func ParseSlotValue(v string) (addr string, ids []string) {
 }
 
 // servers completes a backend's section with its endpoints.
-func (o *Options) servers(u *connect.Upstream, head *Section, slots *slots) (*Section, error) {
+func (o *Options) servers(u *connect.Upstream, head *Section, ids []int) (*Section, error) {
 	sec := *head
 	sec.Servers = make([]Server, 0, len(u.Target.Endpoints))
 	for i := range u.Target.Endpoints {
@@ -644,7 +668,7 @@ func (o *Options) servers(u *connect.Upstream, head *Section, slots *slots) (*Se
 		}
 		s := Server{Name: name, Weight: min(max(e.Weight, 1), 256)}
 		if head.class != "" {
-			s.Slot = Slot{Class: head.class, ID: slots.tables[head.class].Used[slotValue(&u.Target, e)]}
+			s.Slot = Slot{Class: head.class, ID: ids[i]}
 			s.Address = "unix@" + o.path(SlotSocket(s.Slot))
 			if u.Protocol.IsHTTP2() {
 				s.Options = " proto h2"
@@ -671,6 +695,7 @@ func (o *Options) servers(u *connect.Upstream, head *Section, slots *slots) (*Se
 		s.Name += "." + digest(s.Address + s.Options)[:4]
 		sec.Servers = append(sec.Servers, s)
 	}
+	sec.text = sec.assemble()
 	return &sec, nil
 }
 

@@ -33,45 +33,72 @@ func (s *slots) class(name string) {
 	}
 }
 
-func (s *slots) want(class, value string) {
+func (s *slots) want(class string, values []string) {
 	s.class(class)
-	s.wanted[class][value] = true
+	for _, v := range values {
+		s.wanted[class][v] = true
+	}
+}
+
+// of looks up what assign gave.
+func (s *slots) of(class string, values []string) []int {
+	if class == "" || len(values) == 0 {
+		return nil
+	}
+	out := make([]int, len(values))
+	for i, v := range values {
+		out[i] = s.tables[class].Used[v]
+	}
+	return out
 }
 
 func (s *slots) assign() {
-	for class, prev := range s.prev { // a class that became empty keeps its sockets
-		if prev != nil {
-			s.class(class)
-		}
+	for class := range s.prev { // a class that became empty keeps its sockets
+		s.class(class)
 	}
 	for class, values := range s.wanted {
-		t := &SlotTable{Class: class, Size: minSlots, Used: make(map[string]int, len(values))}
-		taken := map[int]bool{}
-		if prev := s.prev[class]; prev != nil {
-			t.Size = prev.Size
-			for v, id := range prev.Used {
-				if values[v] {
-					t.Used[v] = id
-				}
-				// Also a slot just left is not given away in the same step: its last
-				// connections are still being made.
-				taken[id] = true
-			}
-		}
-		next := 1
-		for _, v := range slices.Sorted(maps.Keys(values)) {
-			if t.Used[v] != 0 {
-				continue
-			}
-			for taken[next] {
-				next++
-			}
-			taken[next] = true
-			t.Used[v] = next
-		}
-		for t.Size < 2*len(t.Used) || t.Size < next {
-			t.Size *= 2
-		}
-		s.tables[class] = t
+		s.tables[class] = assign(class, values, s.prev[class])
 	}
+}
+
+// assign gives every value a slot; a table that stays the same is the same pointer.
+func assign(class string, values map[string]bool, prev *SlotTable) *SlotTable {
+	t := &SlotTable{Class: class, Size: minSlots, Used: make(map[string]int, len(values))}
+	var fresh []string
+	if prev != nil {
+		t.Size = prev.Size
+		for v := range values {
+			if id := prev.Used[v]; id != 0 {
+				t.Used[v] = id
+			} else {
+				fresh = append(fresh, v)
+			}
+		}
+		if len(fresh) == 0 && len(t.Used) == len(prev.Used) {
+			return prev
+		}
+	} else {
+		fresh = slices.Collect(maps.Keys(values))
+	}
+	slices.Sort(fresh)
+	// Also a slot just left is not given away in the same step: its last
+	// connections are still being made.
+	taken := map[int]bool{}
+	if prev != nil && len(fresh) > 0 {
+		for _, id := range prev.Used {
+			taken[id] = true
+		}
+	}
+	next := 1
+	for _, v := range fresh {
+		for taken[next] {
+			next++
+		}
+		taken[next] = true
+		t.Used[v] = next
+	}
+	for t.Size < 2*len(t.Used) || t.Size < next {
+		t.Size *= 2
+	}
+	return t
 }

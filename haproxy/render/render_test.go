@@ -1,0 +1,250 @@
+package render
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+)
+
+type identityPair struct {
+	leaf  *certs.Leaf
+	roots *certs.Roots
+	ca    *certs.Authority
+}
+
+func newIdentity(t testing.TB) identityPair {
+	ca, err := certs.NewAuthority("11111111-2222-3333-4444-555555555555.consul")
+	require.NoError(t, err)
+	leaf, err := ca.Leaf("www", time.Hour)
+	require.NoError(t, err)
+	roots, err := ca.Roots()
+	require.NoError(t, err)
+	return identityPair{leaf, roots, ca}
+}
+
+// snapshot has n upstreams of each kind with e endpoints.
+func (p identityPair) snapshot(n, e int) *connect.Snapshot {
+	s := &connect.Snapshot{
+		Proxy: connect.Proxy{ID: "www-sidecar-proxy", Service: "www", Datacenter: "dc1", TrustDomain: p.ca.TrustDomain},
+		Inbound: connect.Inbound{Address: "0.0.0.0", Port: 21000, Protocol: connect.HTTP, Local: connect.Local{Address: "127.0.0.1", Port: 8080},
+			LocalConnectTimeout: 5 * time.Second, LocalRequestTimeout: 15 * time.Second, LocalIdleTimeout: time.Minute},
+		Leaf: p.leaf, Roots: p.roots, Policy: &intentions.Policy{},
+	}
+	for i := range n {
+		s.Upstreams = append(s.Upstreams, p.upstream(fmt.Sprintf("http%d", i), connect.HTTP, 10000+2*i, e), p.upstream(fmt.Sprintf("tcp%d", i), connect.TCP, 10001+2*i, e))
+	}
+	return s
+}
+
+func (p identityPair) upstream(name string, proto connect.Protocol, port, e int) *connect.Upstream {
+	u := &connect.Upstream{Name: name, Protocol: proto, ConnectTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+		Listen: connect.Listener{Address: "127.0.0.1", Port: port},
+		Target: connect.Target{Name: name + ".default.dc1", Service: name, Datacenter: "dc1", IDs: []certs.SPIFFEID{p.ca.ID(name)}}}
+	for j := range e {
+		u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: fmt.Sprintf("n%d.%s", j, name), Address: fmt.Sprintf("10.0.%d.%d", j/250, j%250+1), Port: 20000, Weight: 1})
+	}
+	return u
+}
+
+func mustRender(t testing.TB, s *connect.Snapshot, o Options, prev *Config) *Config {
+	o.Dir = "/run/x"
+	r, err := New(o)
+	require.NoError(t, err)
+	c, refused, err := r.Render(s, "g", prev)
+	require.NoError(t, err)
+	require.Empty(t, refused)
+	return c
+}
+
+// Every connector has the four parts without which it must not exist: chain
+// verification, the roots, the identity filter with at least one name, its guard.
+func TestNoConnectorWithoutItsGuard(t *testing.T) {
+	p := newIdentity(t)
+	s := p.snapshot(2, 2)
+	s.Upstreams = append(s.Upstreams, p.upstream("grpc", connect.GRPC, 9000, 1), p.upstream("none", connect.TCP, 9001, 0))
+	s.Upstreams[len(s.Upstreams)-1].Target.IDs = nil
+	for _, o := range []Options{{}, {LuaBool: true, User: "haproxy", Group: "haproxy", AccessLog: LogJSON}, {AccessLog: LogText}} {
+		c := mustRender(t, s, o, nil)
+		connectors := 0
+		for _, sec := range c.Sections {
+			text := sec.Head
+			for _, srv := range sec.Servers {
+				text += srv.Line() + "\n"
+			}
+			tls := regexp.MustCompile(`(?m)^\s*server .* ssl `).FindAllString(text, -1)
+			if len(tls) == 0 && !strings.Contains(text, "lua.spiffe") {
+				continue
+			}
+			connectors++
+			for _, line := range strings.Split(text, "\n") {
+				if strings.Contains(line, " ssl ") && strings.Contains(line, "server ") {
+					require.Contains(t, line, "verify required")
+					require.Contains(t, line, "ca-file /run/x/tls/roots.pem")
+					require.NotContains(t, line, " sni ")
+				}
+			}
+			require.Contains(t, text, "mode tcp", "the filter works in TCP mode only")
+			require.Regexp(t, `(?m)^\s*filter lua\.spiffe (slot|nobody|spiffe://\S+)`, text)
+			require.Regexp(t, `(?m)^\s*tcp-request content reject unless \{ var\(txn\.spiffe_armed\) -m bool \}$`, text)
+		}
+		require.GreaterOrEqual(t, connectors, 5)
+		require.NotContains(t, c.Text(), "PRIVATE")
+		for _, f := range c.Files {
+			require.NotContains(t, f, "PRIVATE")
+		}
+	}
+	require.NotContains(t, mustRender(t, s, Options{Originator: Go}, nil).Text(), " ssl crt /run", "the Go originator leaves no TLS server behind")
+}
+
+func TestSameInputSameText(t *testing.T) {
+	p := newIdentity(t)
+	s := p.snapshot(3, 3)
+	require.Equal(t, mustRender(t, s, Options{}, nil).Text(), mustRender(t, s, Options{}, nil).Text())
+}
+
+func TestSlotsStayWithTheirEndpoints(t *testing.T) {
+	p := newIdentity(t)
+	first := mustRender(t, p.snapshot(1, 10), Options{}, nil)
+	more := mustRender(t, p.snapshot(1, 20), Options{}, first)
+	for v, id := range first.Slots["h1-5000"].Used {
+		require.Equal(t, id, more.Slots["h1-5000"].Used[v])
+	}
+	less := mustRender(t, p.snapshot(1, 1), Options{}, more)
+	require.Equal(t, more.Slots["h1-5000"].Size, less.Slots["h1-5000"].Size, "sockets are not taken away")
+	grown := mustRender(t, p.snapshot(1, 200), Options{}, less)
+	require.GreaterOrEqual(t, grown.Slots["h1-5000"].Size, 400)
+	seen := map[int]bool{}
+	for _, id := range grown.Slots["h1-5000"].Used {
+		require.False(t, seen[id], "two endpoints in slot %d", id)
+		seen[id] = true
+		require.True(t, id >= 1 && id <= grown.Slots["h1-5000"].Size)
+	}
+}
+
+// One upstream that cannot be written leaves the others alone.
+func TestBadUpstreamIsLeftOut(t *testing.T) {
+	p := newIdentity(t)
+	s := p.snapshot(1, 1)
+	bad := p.upstream("fine", connect.HTTP, 7000, 1)
+	bad.Target.Endpoints[0].Name = "x\n  server evil 6.6.6.6:666"
+	s.Upstreams = append(s.Upstreams, bad)
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(t, err)
+	c, refused, err := r.Render(s, "g", nil)
+	require.NoError(t, err)
+	require.Len(t, refused, 1)
+	require.NotContains(t, refused[0].Error(), "\n")
+	require.NotNil(t, c.Find("backend tcp0.default.dc1"))
+	require.NotContains(t, c.Text(), "evil")
+}
+
+// FuzzNothingAddsALine: whatever a string of the mesh contains, the configuration
+// never has a line more than with a harmless one, and no line of another kind.
+func FuzzNothingAddsALine(f *testing.F) {
+	for _, s := range []string{"x", "a\nb", "a b", `a"b`, "a'b", "a#b", "%[src]", "$HOME", "a\x00b", "\\", "\r\n  http-request allow", strings.Repeat("x", 10000),
+		"unix@/etc/passwd", "::1", "a,b", "a|b", "{x}", "ipv4@1.2.3.4", "\u2028", "é"} {
+		f.Add(s)
+	}
+	p := newIdentity(f)
+	build := func(v string) *connect.Snapshot {
+		s := p.snapshot(0, 0)
+		s.Inbound.Expose = []connect.ExposePath{{Path: "/" + v, LocalPort: 1, ListenPort: 2, Protocol: connect.HTTP}}
+		s.Inbound.Local.SocketPath = "/" + v
+		for i, set := range []func(u *connect.Upstream){
+			func(u *connect.Upstream) { u.Name = v },
+			func(u *connect.Upstream) { u.Target.Name = v },
+			func(u *connect.Upstream) { u.Target.Endpoints[0].Name = v },
+			func(u *connect.Upstream) { u.Target.Endpoints[0].Address = v },
+			func(u *connect.Upstream) { u.Target.IDs[0].Service = v },
+			func(u *connect.Upstream) { u.Target.IDs[0].TrustDomain = v },
+			func(u *connect.Upstream) { u.Listen = connect.Listener{SocketPath: "/" + v, SocketMode: "600"} },
+			func(u *connect.Upstream) { u.Listen.Address = v },
+		} {
+			for _, proto := range []connect.Protocol{connect.TCP, connect.HTTP} {
+				u := p.upstream(fmt.Sprintf("u%d%s", i, proto), proto, 3000+i, 1)
+				set(u)
+				s.Upstreams = append(s.Upstreams, u)
+			}
+		}
+		return s
+	}
+	kinds := func(text string) map[string]int {
+		out := map[string]int{}
+		for line := range strings.Lines(text) {
+			if w := strings.Fields(line); len(w) > 0 {
+				out[w[0]]++
+			}
+		}
+		return out
+	}
+	r, err := New(Options{Dir: "/run/x"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	good, _, err := r.Render(build("harmless"), "g", nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	most := kinds(good.Text())
+	for n, c := range kinds(good.Files[SlotMapFile("h1-5000")]) {
+		_ = n
+		most["map"] += c
+	}
+	f.Fuzz(func(t *testing.T, v string) {
+		c, _, err := r.Render(build(v), "g", nil)
+		if err != nil {
+			if strings.ContainsFunc(err.Error(), func(r rune) bool { return r == '\r' || r == 0 }) {
+				t.Fatalf("the error carries control characters: %q", err)
+			}
+			return
+		}
+		for kind, n := range kinds(c.Text()) {
+			if n > most[kind] {
+				t.Fatalf("%q makes %d lines of %q, a harmless string %d:\n%s", v, n, kind, most[kind], c.Text())
+			}
+		}
+		maps := 0
+		for _, n := range kinds(c.Files[SlotMapFile("h1-5000")]) {
+			maps += n
+		}
+		if maps > most["map"] {
+			t.Fatalf("%q makes %d lines in the map", v, maps)
+		}
+	})
+}
+
+func BenchmarkRenderOneFlip(b *testing.B) {
+	for _, n := range []int{10, 100, 1000} {
+		b.Run(fmt.Sprintf("%d-upstreams", n), func(b *testing.B) {
+			p := newIdentity(b)
+			s := p.snapshot(n/2, 10)
+			r, err := New(Options{Dir: "/run/x"})
+			require.NoError(b, err)
+			prev, _, err := r.Render(s, "g", nil)
+			require.NoError(b, err)
+			u := *s.Upstreams[0]
+			u.Target.Endpoints = u.Target.Endpoints[:9]
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				next := *s
+				next.Upstreams = append([]*connect.Upstream(nil), s.Upstreams...)
+				if i%2 == 0 {
+					one := u
+					next.Upstreams[0] = &one
+				}
+				if prev, _, err = r.Render(&next, "g", prev); err != nil {
+					b.Fatal(err)
+				}
+				_ = prev.Text()
+			}
+		})
+	}
+}
