@@ -13,6 +13,7 @@ package haproxy
 
 import (
 	"fmt"
+	stdmaps "maps"
 	"slices"
 	"strings"
 
@@ -49,8 +50,9 @@ const (
 	Add
 	Weight
 	Remove
+	Unmap
+	CA // before Cert: accept by the new root before showing a leaf of it
 	Cert
-	CA
 )
 
 // Command is one line of the runtime API. A payload travels apart and is never printed.
@@ -72,7 +74,7 @@ func (p Plan) String() string {
 	for _, c := range p.Commands {
 		b.WriteString(c.Text)
 		if c.Payload != nil {
-			fmt.Fprintf(&b, " <%d bytes>", len(c.Payload))
+			b.WriteString(" <payload>")
 		}
 		b.WriteString("\n")
 	}
@@ -196,7 +198,7 @@ func list(what string, names []string) string {
 
 // maps brings the slots' maps and the policy's generation up to date.
 func maps(running, want *render.Config, p *Plan) {
-	for _, class := range sorted(want.Slots) {
+	for _, class := range slices.Sorted(stdmaps.Keys(want.Slots)) {
 		now, next := running.Slots[class], want.Slots[class]
 		if now == next {
 			continue
@@ -205,34 +207,27 @@ func maps(running, want *render.Config, p *Plan) {
 		if _, ok := want.Files[render.SlotMapFile(class)]; !ok {
 			continue // the Go dialer's slots have no map
 		}
-		kept := make(map[int]string, len(now.Used))
+		fresh, gone := map[int]string{}, map[int]bool{}
 		for v, id := range now.Used {
-			kept[id] = v
-		}
-		values := make([]string, 0, len(next.Used))
-		for v := range next.Used {
-			values = append(values, v)
-		}
-		slices.Sort(values)
-		for _, v := range values {
-			id := next.Used[v]
-			old, had := kept[id]
-			delete(kept, id)
-			k := render.Slot{ID: id}.Key()
-			switch {
-			case !had:
-				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("add map %s %s %s", file, k, v)})
-			case old != v:
-				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("set map %s %s %s", file, k, v)})
+			if next.Used[v] != id {
+				gone[id] = true
 			}
 		}
-		gone := make([]int, 0, len(kept))
-		for id := range kept {
-			gone = append(gone, id)
+		for v, id := range next.Used {
+			if now.Used[v] != id {
+				fresh[id] = v
+			}
 		}
-		slices.Sort(gone)
-		for _, id := range gone {
-			p.Commands = append(p.Commands, Command{Kind: Remove, Text: fmt.Sprintf("del map %s %s", file, render.Slot{ID: id}.Key())})
+		for _, id := range slices.Sorted(stdmaps.Keys(fresh)) {
+			verb := "add"
+			if gone[id] {
+				verb = "set"
+				delete(gone, id)
+			}
+			p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("%s map %s %s %s", verb, file, render.Slot{ID: id}.Key(), fresh[id])})
+		}
+		for _, id := range slices.Sorted(stdmaps.Keys(gone)) {
+			p.Commands = append(p.Commands, Command{Kind: Unmap, Text: fmt.Sprintf("del map %s %s", file, render.Slot{ID: id}.Key())})
 		}
 	}
 	if running.Generation != want.Generation && uses(want, render.PolicyMap) {
@@ -244,15 +239,6 @@ func maps(running, want *render.Config, p *Plan) {
 func uses(c *render.Config, file string) bool {
 	s := c.Find("frontend public")
 	return s != nil && strings.Contains(s.Head, file)
-}
-
-func sorted(m map[string]*render.SlotTable) []string {
-	out := make([]string, 0, len(m))
-	for k := range m {
-		out = append(out, k)
-	}
-	slices.Sort(out)
-	return out
 }
 
 func servers(now, want *render.Section, p *Plan) {
