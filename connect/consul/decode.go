@@ -261,13 +261,18 @@ func socket(where, key, v string, n *connect.Notices) string {
 		return ""
 	}
 	// 108 bytes is the kernel's limit; HAProxy adds a suffix while it binds.
-	if v[0] != '/' || len(v) > 90 || strings.ContainsFunc(v, func(r rune) bool {
-		return r <= ' ' || r > '~' || strings.ContainsRune("\"'\\#,$@%", r)
-	}) {
+	if !plainPath(v) || len(v) > 90 {
 		n.Add(where, key, v, "want an absolute path of at most 90 plain characters")
 		return ""
 	}
 	return v
+}
+
+// plainPath reports whether a path can stand in a configuration as it is.
+func plainPath(s string) bool {
+	return strings.HasPrefix(s, "/") && len(s) <= 1000 && !strings.ContainsFunc(s, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune("\"'\\#,$@%(){}`", r)
+	})
 }
 
 // inbound reads the public side of a registration.
@@ -351,8 +356,8 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 		} else if e.Protocol != "" && proto != connect.HTTP {
 			n.Add(where, "expose.paths.protocol", e.Protocol, "want http or http2; http is used")
 		}
-		if !port(x.LocalPort) || !port(x.ListenPort) || !strings.HasPrefix(x.Path, "/") {
-			n.Add(where, "expose.paths", fmt.Sprintf("%s %d %d", e.Path, e.ListenerPort, e.LocalPathPort), "want a path from / on and two ports")
+		if !port(x.LocalPort) || !port(x.ListenPort) || !plainPath(x.Path) {
+			n.Add(where, "expose.paths", fmt.Sprintf("%s %d %d", e.Path, e.ListenerPort, e.LocalPathPort), "want a path of plain characters from / on, and two ports; it is not exposed")
 			continue
 		}
 		in.Expose = append(in.Expose, x)

@@ -504,7 +504,9 @@ func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 		}
 		c.advance(meta)
 		return func(st *state) {
-			ids := []certs.SPIFFEID{{TrustDomain: st.proxy.TrustDomain, Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
+			// The trust domain is filled in when a snapshot is made: the roots may
+			// arrive later than this.
+			ids := []certs.SPIFFEID{{Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
 			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
 				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
 			if r := st.answers[d.key]; r != nil && len(list) > 0 && len(t.Endpoints) == 0 && len(r.target.Endpoints) > 0 && r.target.Service == t.Service {
@@ -540,7 +542,7 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 				if e.Service == nil {
 					continue
 				}
-				id := certs.SPIFFEID{TrustDomain: st.proxy.TrustDomain, Partition: "default", Namespace: "default", Datacenter: got.Datacenter, Service: e.Service.Service}
+				id := certs.SPIFFEID{Partition: "default", Namespace: "default", Datacenter: got.Datacenter, Service: e.Service.Service}
 				if e.Service.Proxy != nil && e.Service.Proxy.DestinationServiceName != "" {
 					id.Service = e.Service.Proxy.DestinationServiceName
 				}
@@ -681,6 +683,10 @@ func (st *state) snapshot() *connect.Snapshot {
 		t := u.Target.Name
 		if r != nil {
 			u.Target = r.target
+			u.Target.IDs = slices.Clone(r.target.IDs)
+			for i := range u.Target.IDs {
+				u.Target.IDs[i].TrustDomain = st.roots.TrustDomain
+			}
 			u.Protocol = r.protocol
 			if !d.connect && r.connect > 0 {
 				u.ConnectTimeout = r.connect

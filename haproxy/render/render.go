@@ -502,6 +502,11 @@ func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error
 			return nil, nil, err
 		}
 	}
+	for _, id := range u.Target.IDs {
+		if _, err := certs.ParseID(id.String()); err != nil {
+			return nil, nil, fmt.Errorf("expected identity: %w", err)
+		}
+	}
 	http := u.Protocol.IsHTTP()
 	f, b := section("frontend", "up_"+u.Name), section("backend", u.Target.Name)
 	mode := "tcp"
@@ -538,9 +543,6 @@ func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error
 		b.add("balance leastconn")
 		if o.Originator == Lua {
 			guard(b, idList(u.Target.IDs))
-			if _, err := word("identities", strings.ReplaceAll(idList(u.Target.IDs), " ", "")); err != nil {
-				return nil, nil, err
-			}
 		} else {
 			back0.class = class(u)
 		}

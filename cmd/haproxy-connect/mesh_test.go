@@ -1,0 +1,136 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/tools/txtar"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
+	"github.com/haproxy-connect/haproxy-connect/connect/consul"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+)
+
+var update = flag.Bool("update", false, "write what the tests get as what they expect")
+
+const meshDomain = "11111111-2222-3333-4444-555555555555.consul"
+
+// meshAgent serves the answers of a case, with roots and a leaf made here.
+func meshAgent(t testing.TB, ar *txtar.Archive, service string) *connecttest.Agent {
+	a := connecttest.New()
+	t.Cleanup(a.Close)
+	ca, err := certs.NewAuthority(meshDomain)
+	require.NoError(t, err)
+	leaf, err := ca.Leaf(service, time.Hour)
+	require.NoError(t, err)
+	roots, err := json.Marshal(map[string]any{"TrustDomain": meshDomain, "ActiveRootID": "a", "Roots": []any{map[string]any{"ID": "a", "RootCert": ca.CertPEM, "Active": true}}})
+	require.NoError(t, err)
+	chain, key, _ := strings.Cut(string(leaf.PEM()), "-----BEGIN EC PRIVATE KEY-----")
+	pair, err := json.Marshal(map[string]any{"CertPEM": chain, "PrivateKeyPEM": "-----BEGIN EC PRIVATE KEY-----" + key, "Service": service})
+	require.NoError(t, err)
+	a.Set("/v1/agent/connect/ca/roots", string(roots))
+	a.Set("/v1/agent/connect/ca/leaf/"+service, string(pair))
+	a.Set("/v1/agent/connect/authorize", `{"Authorized":false,"Reason":"captured"}`)
+	for _, f := range ar.Files {
+		if path, ok := strings.CutPrefix(f.Name, "consul/"); ok {
+			a.Set("/"+path, string(f.Data))
+		}
+	}
+	return a
+}
+
+// TestMesh: captured answers of Consul in, the configuration out, as one file each;
+// every result is proved by HAProxy itself.
+func TestMesh(t *testing.T) {
+	files, err := filepath.Glob("../../testdata/mesh/*.txtar")
+	require.NoError(t, err)
+	require.NotEmpty(t, files)
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(file)
+			require.NoError(t, err)
+			agent := meshAgent(t, ar, "www")
+			client, err := consul.NewClient(consul.Config{Addr: agent.Addr()})
+			require.NoError(t, err)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			var snap *connect.Snapshot
+			w := consul.NewWatcher(client, "www-sidecar-proxy", slog.New(slog.DiscardHandler))
+			require.NoError(t, w.Run(ctx, func(s *connect.Snapshot) {
+				if snap == nil {
+					snap = s
+					cancel()
+				}
+			}))
+			require.NotNil(t, snap, "%+v", w.Feeds())
+			r, err := render.New(render.Options{Dir: "/run/x", AccessLog: render.LogText})
+			require.NoError(t, err)
+			conf, refused, err := r.Render(snap, "generation-1", nil)
+			require.NoError(t, err)
+			var notices strings.Builder
+			for _, n := range snap.Notices {
+				require.NotContains(t, n.String(), "\n")
+				fmt.Fprintln(&notices, n)
+			}
+			for _, one := range refused {
+				fmt.Fprintln(&notices, one)
+			}
+			got := map[string]string{"haproxy.cfg": conf.Text(), "notices": notices.String()}
+			for i := range ar.Files {
+				f := &ar.Files[i]
+				text, ok := got[f.Name]
+				switch {
+				case !ok:
+				case *update:
+					f.Data = []byte(text)
+				default:
+					require.Equal(t, string(f.Data), text)
+				}
+			}
+			if *update {
+				require.NoError(t, os.WriteFile(file, txtar.Format(ar), 0o644))
+			}
+			for version, path := range versions(t) {
+				checkConfig(t, version, path, snap)
+			}
+		})
+	}
+}
+
+// checkConfig lets HAProxy read what is rendered for its version.
+func checkConfig(t *testing.T, version, path string, snap *connect.Snapshot) {
+	bin, err := process.Find(t.Context(), path)
+	require.NoError(t, err)
+	for _, originator := range []render.Originator{render.Lua, render.Go} {
+		for _, log := range []render.AccessLog{render.LogOff, render.LogJSON} {
+			dir := shortDir(t)
+			r, err := render.New(render.Options{Dir: dir, LuaBool: bin.Version.Features().LuaBool, Originator: originator, AccessLog: log})
+			require.NoError(t, err)
+			conf, _, err := r.Render(snap, "generation-1", nil)
+			require.NoError(t, err)
+			for _, sub := range []string{"tls", "maps", "sock"} {
+				require.NoError(t, os.Mkdir(filepath.Join(dir, sub), 0o700))
+			}
+			for name, text := range conf.Files {
+				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
+			}
+			require.NoError(t, os.WriteFile(filepath.Join(dir, render.LeafFile), snap.Leaf.PEM(), 0o600))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, render.RootsFile), []byte(snap.Roots.PEM), 0o600))
+			main := filepath.Join(dir, render.MainFile)
+			require.NoError(t, os.WriteFile(main, []byte(conf.Text()), 0o600))
+			require.NoError(t, bin.Check(t.Context(), main), "HAProxy %s, originator %s, log %s", version, originator, log)
+		}
+	}
+}
