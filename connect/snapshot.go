@@ -125,6 +125,30 @@ type Listener struct {
 	SocketMode string // octal, "" for the default 0600
 }
 
+// Clashes reports whether both cannot be listened on at the same time.
+func (l Listener) Clashes(o Listener) bool {
+	if l.SocketPath != "" || o.SocketPath != "" {
+		return l.SocketPath == o.SocketPath
+	}
+	anywhere := func(a string) bool { return a == "0.0.0.0" || a == "::" }
+	return l.Port == o.Port && (l.Address == o.Address || anywhere(l.Address) || anywhere(o.Address))
+}
+
+// Listeners are what the inbound side listens on.
+func (in *Inbound) Listeners() []Listener {
+	if in.Port == 0 {
+		return nil
+	}
+	out := []Listener{{Address: in.Address, Port: in.Port}}
+	if in.UnsecuredPort != 0 {
+		out = append(out, Listener{Address: "0.0.0.0", Port: in.UnsecuredPort})
+	}
+	for _, e := range in.Expose {
+		out = append(out, Listener{Address: in.Address, Port: e.ListenPort})
+	}
+	return out
+}
+
 // Upstream is one destination of our service.
 type Upstream struct {
 	Name   string // unique in the Snapshot and fit for any name in HAProxy

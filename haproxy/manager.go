@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
@@ -56,6 +59,7 @@ const (
 	deleteEvery = 250 * time.Millisecond
 	driftEvery  = 30 * time.Second
 	command     = 10 * time.Second
+	portEvery   = 5 * time.Second
 )
 
 // Status of a Manager, for people and metrics.
@@ -182,12 +186,13 @@ func (m *Manager) Run(ctx context.Context) error {
 			m.failed(err)
 			wait = retry - retry/10 + rand.N(retry/5)
 			retry = min(2*retry, lastRetry)
-		} else if wait == 0 {
+		} else if wait == 0 || wait == portEvery {
 			m.worked()
 			retry = firstRetry
-			continue
 		}
-		timer.Reset(wait)
+		if wait > 0 {
+			timer.Reset(wait)
+		}
 	}
 }
 
@@ -235,11 +240,18 @@ func (m *Manager) worked() {
 
 // step tries to make HAProxy match a snapshot. A positive wait means: not yet.
 func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.Time, last *string) (wait time.Duration, err error) {
-	want, refused, err := m.conf.Renderer.Render(snap, m.conf.Generation(), m.running)
+	open, taken := m.listenable(snap)
+	want, refused, err := m.conf.Renderer.Render(open, m.conf.Generation(), m.running)
 	if err != nil {
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
-	m.refusals(refused)
+	m.refusals(append(refused, taken...))
+	defer func() {
+		// A port that another process has may become free: look again.
+		if err == nil && wait == 0 && len(taken) > 0 {
+			wait = portEvery
+		}
+	}()
 	plan := NewPlan(m.running, want, m.conf.Can)
 	if plan.Reload == "" && (m.broken || !m.conf.Proxy.Up()) {
 		plan = Plan{Reload: Repair, Detail: "the state of HAProxy is not known"}
@@ -281,6 +293,59 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	}
 	m.done(want, snap)
 	return 0, nil
+}
+
+// listenable leaves out upstreams whose address another process has: HAProxy would
+// refuse to start for one of them, and take the others down.
+func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*render.Refused) {
+	var taken []*render.Refused
+	held := map[string]bool{}
+	if m.running != nil && m.conf.Proxy.Up() {
+		for _, s := range m.running.Sections {
+			held[s.Name] = true
+		}
+	}
+	var open []*connect.Upstream
+	for i, u := range snap.Upstreams {
+		if !held["frontend up_"+u.Name] {
+			if err := bindable(u.Listen); err != nil {
+				if taken == nil {
+					open = append(open, snap.Upstreams[:i]...)
+				}
+				taken = append(taken, &render.Refused{Upstream: u.Name, Err: err})
+				continue
+			}
+		}
+		if taken != nil {
+			open = append(open, u)
+		}
+	}
+	if taken == nil {
+		return snap, nil
+	}
+	less := *snap
+	less.Upstreams = open
+	return &less, taken
+}
+
+// bindable tries an address and gives it back.
+func bindable(l connect.Listener) error {
+	if l.SocketPath != "" {
+		if info, err := os.Stat(filepath.Dir(l.SocketPath)); err != nil || !info.IsDir() {
+			return fmt.Errorf("local_bind_socket_path %q: its directory does not exist", l.SocketPath)
+		}
+		return nil
+	}
+	addr := net.JoinHostPort(l.Address, strconv.Itoa(l.Port))
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		var sys syscall.Errno
+		if errors.As(err, &sys) {
+			return fmt.Errorf("cannot listen on %s: %w", addr, sys)
+		}
+		return fmt.Errorf("cannot listen on %s", addr)
+	}
+	return ln.Close()
 }
 
 func (m *Manager) refusals(refused []*render.Refused) {

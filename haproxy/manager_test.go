@@ -147,7 +147,7 @@ func (b *bed) want(ups ...string) {
 	for i, spec := range ups {
 		name, n, _ := strings.Cut(spec, ":")
 		u := &connect.Upstream{Name: name, Protocol: connect.HTTP, ConnectTimeout: time.Second, IdleTimeout: time.Minute,
-			Listen: connect.Listener{Address: "127.0.0.1", Port: 9000 + i}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{b.ca.ID(name)}}}
+			Listen: connect.Listener{Address: "127.0.0.1", Port: 39000 + i}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{b.ca.ID(name)}}}
 		for j := range len(n) {
 			u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: "e" + n[j:j+1], Address: "10.0.0.1", Port: 20000 + int(n[j]), Weight: 1})
 		}

@@ -225,6 +225,9 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	s.watcher = consul.NewWatcher(s.client, id, s.log)
 	s.waiting("")
 
+	if n := process.EndOrphans(filepath.Join(s.dir, render.MainFile), s.log); n > 0 {
+		s.log.Warn("ended the HAProxy that a killed predecessor left", "processes", n)
+	}
 	procDone := make(chan error, 1)
 	go func() { procDone <- s.proc.Run(procCtx) }()
 	control, controlCtx := errgroup.WithContext(ctx)

@@ -411,10 +411,15 @@ type declared struct {
 }
 
 // upstreams decodes every listener of a registration. A broken one is left out
-// with a notice; the others stay.
-func upstreams(s *api.AgentService, n *connect.Notices) []declared {
+// with a notice; the others stay. own are the listeners of the inbound side.
+func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) []declared {
 	var out []declared
 	used := map[string]int{}
+	taken := map[int][]connect.Listener{}
+	for _, l := range own {
+		taken[l.Port] = append(taken[l.Port], l)
+	}
+	sockets := map[string]bool{}
 	for _, u := range s.Proxy.Upstreams {
 		if u.DestinationName == "*" || (u.LocalBindPort == 0 && u.LocalBindSocketPath == "") {
 			continue // central defaults, not a listener
@@ -437,6 +442,14 @@ func upstreams(s *api.AgentService, n *connect.Notices) []declared {
 		}
 		if !d.listener(u, n) {
 			continue
+		}
+		if l := d.up.Listen; l.SocketPath != "" && sockets[l.SocketPath] || slices.ContainsFunc(taken[l.Port], l.Clashes) {
+			n.Add(d.where, "local_bind_port", fmt.Sprintf("%s%s:%d", l.SocketPath, l.Address, l.Port), "another listener of this proxy has it; the upstream is left out")
+			continue
+		} else if l.SocketPath != "" {
+			sockets[l.SocketPath] = true
+		} else {
+			taken[l.Port] = append(taken[l.Port], l)
 		}
 		d.settings(u, n)
 		base := connect.SafeName(d.service)

@@ -175,7 +175,7 @@ func (w *Watcher) fetchService(run context.Context) fetch {
 			}
 			var n connect.Notices
 			st.inbound = inbound(s, &n)
-			st.declared = upstreams(s, &n)
+			st.declared = upstreams(s, st.inbound.Listeners(), &n)
 			st.notices = n
 			st.service = s
 			st.proxy.ID, st.proxy.ServiceID, st.proxy.Service = s.ID, s.Proxy.DestinationServiceID, s.Proxy.DestinationServiceName

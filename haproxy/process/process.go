@@ -113,9 +113,6 @@ func (p *Process) Drain(d time.Duration) {
 // Run keeps HAProxy running from the first Start until Drain is through or ctx
 // ends (then at once). It returns after the last process of its own has gone.
 func (p *Process) Run(ctx context.Context) error {
-	if n := EndOrphans(p.conf.File, p.conf.Log); n > 0 {
-		p.conf.Log.Warn("ended the HAProxy that a killed predecessor left", "processes", n)
-	}
 	var reply chan error
 	select {
 	case <-ctx.Done():
