@@ -28,8 +28,6 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/h2c"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
@@ -107,7 +105,6 @@ type world struct {
 	httpAt  string
 	args    []string
 
-	mu     sync.Mutex
 	agent  *exec.Cmd
 	cars   map[string]*exec.Cmd
 	logs   map[string]*logBuffer
@@ -115,6 +112,9 @@ type world struct {
 	counts map[string]*atomic.Int64
 	idle   map[string]net.Conn
 	ca     *certs.Authority
+
+	scaled   map[string][2]int
+	occupied map[string]net.Listener
 }
 
 type worldKey struct{}
@@ -125,7 +125,8 @@ func newWorld(e *testscript.Env, consul, haproxy, version string) error {
 		return err
 	}
 	w := &world{env: e, consul: consul, haproxy: haproxy, version: version, dir: dir, cars: map[string]*exec.Cmd{}, logs: map[string]*logBuffer{},
-		loads: map[string]*load{}, counts: map[string]*atomic.Int64{}, idle: map[string]net.Conn{}}
+		loads: map[string]*load{}, counts: map[string]*atomic.Int64{}, idle: map[string]net.Conn{},
+		scaled: map[string][2]int{}, occupied: map[string]net.Listener{}}
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -180,6 +181,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
 	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
 	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
+	"scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
@@ -330,6 +332,12 @@ func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
 	serveApp(ln, name, kind, count)
 }
 
+func unencryptedHTTP2() *http.Protocols {
+	var p http.Protocols
+	p.SetUnencryptedHTTP2(true)
+	return &p
+}
+
 func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 	switch kind {
 	case "tcp", "banner":
@@ -369,7 +377,7 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 		})
 		srv := &http.Server{Handler: h}
 		if kind == "http2" {
-			srv.Handler = h2c.NewHandler(h, &http2.Server{})
+			srv.Protocols = unencryptedHTTP2()
 		}
 		go func() { _ = srv.Serve(ln) }()
 	}
@@ -511,9 +519,7 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	for i := 2; i < len(args); i++ {
 		switch args[i] {
 		case "h2":
-			tr = &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, n, a string, _ *tls.Config) (net.Conn, error) {
-				return (&net.Dialer{}).DialContext(ctx, n, a)
-			}}
+			tr = &http.Transport{Protocols: unencryptedHTTP2()}
 		case "-H":
 			i++
 			k, v, _ := strings.Cut(args[i], "=")
@@ -1003,4 +1009,66 @@ func (w *world) cmdReceived(ts *testscript.TestScript, _ bool, args []string) {
 		return
 	}
 	ts.Fatalf("%s received %d, want %s\n%s", args[0], got, args[1], w.allLogs())
+}
+
+// scale SERVICE COUNT: so many instances of a service, each a listener of a running
+// sidecar (by its address on the loopback network), registered and deregistered
+// one by one in rolling order. $<SERVICE>_PUBLIC is the sidecar's port.
+func (w *world) cmdScale(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	have := w.scaled[args[0]]
+	from := 0
+	if len(args) > 2 && args[2] == "roll" { // replace all: new ones first
+		from = have[1]
+	}
+	for i := from; i < from+n; i++ {
+		if i >= have[0] && i < have[1] {
+			continue
+		}
+		body := fmt.Sprintf(`{"Kind":"connect-proxy","Name":"%[1]s-many","ID":"%[1]s-%[2]d","Address":"127.0.%[3]d.%[4]d","Port":%[5]s,"Proxy":{"DestinationServiceName":"%[1]s"}}`,
+			args[0], i, 1+i/200, 1+i%200, ts.Getenv(envName(args[0])+"_PUBLIC"))
+		_, err := w.call(http.MethodPut, "/v1/agent/service/register", []byte(body))
+		ts.Check(err)
+	}
+	for i := have[0]; i < have[1]; i++ {
+		if i < from || i >= from+n {
+			_, err := w.call(http.MethodPut, fmt.Sprintf("/v1/agent/service/deregister/%s-%d", args[0], i), nil)
+			ts.Check(err)
+		}
+	}
+	w.scaled[args[0]] = [2]int{from, from + n}
+}
+
+// endpoints ADMIN COUNT: the sidecar knows so many endpoints in all, and HAProxy
+// has so many servers that are not draining.
+func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
+	last := 0
+	if err := eventually(patience, func() error {
+		res, err := http.Get("http://" + args[0] + "/metrics?no-maint")
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		b, _ := io.ReadAll(res.Body)
+		last = len(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} `).FindAll(b, -1))
+		if strconv.Itoa(last) != args[1] {
+			return errors.New("not yet")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("HAProxy has %d servers, want %s\n%s", last, args[1], w.allLogs())
+	}
+}
+
+// occupy PORT: another process's listener; free PORT ends it.
+func (w *world) cmdOccupy(ts *testscript.TestScript, _ bool, args []string) {
+	ln, err := net.Listen("tcp", "127.0.0.1:"+args[0])
+	ts.Check(err)
+	w.occupied[args[0]] = ln
+	w.env.Defer(func() { ln.Close() })
+}
+
+func (w *world) cmdFree(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(w.occupied[args[0]].Close())
 }

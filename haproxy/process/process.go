@@ -46,10 +46,9 @@ const (
 // Process is one HAProxy in master-worker mode. Make it with New, then Run it;
 // nothing starts before Start is called.
 type Process struct {
-	conf    Config
-	start   chan chan error
-	started atomic.Bool
-	drain   chan time.Duration
+	conf  Config
+	start chan chan error
+	drain chan time.Duration
 
 	mu     sync.Mutex
 	master int // pid, 0 while there is none

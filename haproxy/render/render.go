@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/hashicorp/go-multierror"
+
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
@@ -89,14 +91,16 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	c.Files[PolicyMap] = PolicyKey + " " + generation + "\n"
 
 	keep := map[string]*Section{}
+	wrong := &multierror.Error{ErrorFormat: oneLine} // everything at once, not the first alone
 	add := func(b *builder, comment string, e error) {
 		if e == nil {
 			var sec *Section
 			if sec, e = r.build(b, comment, keep); e == nil {
 				c.Sections = append(c.Sections, sec)
+				return
 			}
 		}
-		err = errors.Join(err, e)
+		wrong = multierror.Append(wrong, e)
 	}
 	for _, g := range o.global() {
 		add(g.builder, g.what, nil)
@@ -115,14 +119,16 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		add(b, "the application", e)
 		for _, group := range exposeGroups(s.Inbound.Expose) {
 			list, e := o.expose(&s.Inbound, group)
-			err = errors.Join(err, e)
+			if e != nil {
+				wrong = multierror.Append(wrong, e)
+			}
 			for _, b := range list {
 				add(b, "WARNING: exposed paths, no TLS and no intentions", nil)
 			}
 		}
 	}
-	if err != nil {
-		return nil, nil, err
+	if wrong.Len() > 0 {
+		return nil, nil, wrong
 	}
 
 	// Upstreams: one that cannot be rendered must not take the others down.
@@ -183,6 +189,15 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	}
 	r.cache, r.made, r.connectors = next, keep, connectors
 	return c, refused, nil
+}
+
+// oneLine keeps a list of errors on one line of the log.
+func oneLine(errs []error) string {
+	text := make([]string, len(errs))
+	for i, e := range errs {
+		text[i] = e.Error()
+	}
+	return strings.Join(text, "; ")
 }
 
 // build makes a section, or finds the one made of the same lines last time.

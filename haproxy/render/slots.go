@@ -8,7 +8,7 @@ import (
 // minSlots is how many sockets a class starts with. Sockets cannot be added
 // without a reload, so there are always at least twice as many as endpoints: a
 // rolling replacement of all of them needs none.
-const minSlots = 64
+const minSlots = 256
 
 // slots assigns endpoints to sockets; endpoints that stay keep theirs.
 type slots struct {
