@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
 	"github.com/haproxy-connect/haproxy-connect/connect/dialer"
@@ -233,6 +234,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	control, controlCtx := errgroup.WithContext(ctx)
 	control.Go(func() error { return s.manager.Run(controlCtx) })
 	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
+	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
 	s.log.Info("sidecar starts", "proxy", id, "haproxy", s.binary.Version, "run_dir", s.dir, "agent", s.client.Addr())
 	err = control.Wait() // ctx ended, or a part failed
 
@@ -269,6 +271,51 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	s.manager.Want(snap)
+}
+
+// watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the
+// life, so what is older than that is not being renewed.
+func (s *sidecar) watchExpiry(ctx context.Context) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	var leaf *certs.Leaf
+	told := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		snap := s.newest.Load()
+		if snap == nil {
+			continue
+		}
+		if snap.Leaf != leaf {
+			leaf, told = snap.Leaf, 0
+		}
+		stage := expiryStage(leaf.Remaining(time.Now()))
+		if stage <= told {
+			continue
+		}
+		told = stage
+		left := time.Until(leaf.NotAfter).Round(time.Second)
+		if left <= 0 {
+			s.log.Error("the leaf certificate has expired: peers refuse us", "serial", leaf.Serial, "try", "is the agent reachable, and are its servers?")
+		} else {
+			s.log.Warn("the leaf certificate nears its end and was not renewed", "serial", leaf.Serial, "left", left, "try", "is the agent reachable, and are its servers?")
+		}
+	}
+}
+
+// expiryStage counts the warnings due: at 8 % of the life, 4 %, 1 %, and at the end.
+func expiryStage(remaining float64) int {
+	n := 0
+	for _, limit := range []float64{0.08, 0.04, 0.01, 0} {
+		if remaining <= limit {
+			n++
+		}
+	}
+	return n
 }
 
 func (s *sidecar) denied(source string, d intentions.Decision) {

@@ -28,6 +28,12 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
@@ -181,7 +187,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
 	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
 	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
-	"scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
+	"grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
@@ -245,9 +251,10 @@ bind_addr = "127.0.0.1"
 log_level = "warn"
 performance { raft_multiplier = 1 }
 connect { enabled = true }
+addresses { http = "127.0.0.1 unix://%s" }
 acl { enabled = true, default_policy = %q, tokens { initial_management = "mastertoken", agent = "mastertoken" } }
 ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
-`, extra, filepath.Join(w.dir, "consul"), policy, p[0], p[1], p[2], p[3])
+`, extra, filepath.Join(w.dir, "consul"), filepath.Join(w.dir, "consul.sock"), policy, p[0], p[1], p[2], p[3])
 	file := filepath.Join(w.dir, "consul.hcl")
 	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
 	w.args = []string{"agent", "-config-file", file, "-node", "node1"}
@@ -364,6 +371,10 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 				}()
 			}
 		}()
+	case "grpc":
+		srv := grpc.NewServer()
+		healthpb.RegisterHealthServer(srv, health.NewServer())
+		go func() { _ = srv.Serve(ln) }()
 	default:
 		h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			count.Add(1)
@@ -515,7 +526,7 @@ func (w *world) cmdLog(ts *testscript.TestScript, neg bool, args []string) {
 func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	want, target := args[0], args[1]
 	re, tr, method := regexp.MustCompile(""), http.RoundTripper(&http.Transport{DisableKeepAlives: true}), http.MethodGet
-	header := http.Header{}
+	header, within, begun := http.Header{}, patience, time.Now()
 	for i := 2; i < len(args); i++ {
 		switch args[i] {
 		case "h2":
@@ -527,6 +538,11 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 		case "-X":
 			i++
 			method = args[i]
+		case "-within":
+			i++
+			var err error
+			within, err = time.ParseDuration(args[i])
+			ts.Check(err)
 		default:
 			re = regexp.MustCompile(args[i])
 		}
@@ -560,7 +576,10 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	if err != nil {
 		ts.Fatalf("%v\n%s", err, w.allLogs())
 	}
-	ts.Logf("%.300s", last)
+	if took := time.Since(begun); took > within {
+		ts.Fatalf("%s took %s, at most %s\n%s", target, took, within, w.allLogs())
+	}
+	ts.Logf("after %s: %.300s", time.Since(begun).Round(time.Millisecond), last)
 }
 
 func (w *world) allLogs() string {
@@ -569,6 +588,37 @@ func (w *world) allLogs() string {
 		fmt.Fprintf(&b, "---- %s\n%s\n", n, l)
 	}
 	return b.String()
+}
+
+// grpc ok|denied ADDR: a real gRPC call, unary and streaming.
+func (w *world) cmdGRPC(ts *testscript.TestScript, _ bool, args []string) {
+	conn, err := grpc.NewClient("passthrough:///"+args[1], grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ts.Check(err)
+	defer conn.Close()
+	err = eventually(patience, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		c := healthpb.NewHealthClient(conn)
+		res, err := c.Check(ctx, &healthpb.HealthCheckRequest{})
+		if args[0] == "denied" {
+			if grpcstatus.Code(err) != codes.PermissionDenied {
+				return fmt.Errorf("want PermissionDenied, got %v", err)
+			}
+			return nil
+		}
+		if err != nil || res.Status != healthpb.HealthCheckResponse_SERVING {
+			return fmt.Errorf("%v %w", res, err)
+		}
+		stream, err := c.Watch(ctx, &healthpb.HealthCheckRequest{})
+		if err != nil {
+			return err
+		}
+		_, err = stream.Recv()
+		return err
+	})
+	if err != nil {
+		ts.Fatalf("grpc %s: %v\n%s", args[1], err, w.allLogs())
+	}
 }
 
 // tcp ok|refused ADDR [TEXT] [EXPECT]: one line there, one back.
