@@ -26,6 +26,8 @@ type proxy interface {
 	Start(ctx context.Context) error // returns once it serves; nothing to do when it does
 	Reload(ctx context.Context) error
 	Up() bool
+	// Inherits: a predecessor's HAProxy still has the listeners; Start takes them over.
+	Inherits() bool
 	Do(ctx context.Context, command string, payload []byte) (string, error)
 }
 
@@ -42,6 +44,8 @@ type Config struct {
 	Can        Can
 	Log        *slog.Logger
 	Generation func() string // of the policy in force
+	// Inherited are the slots of a predecessor's HAProxy that still runs, or nil.
+	Inherited *render.Config
 	// SocketDir makes a directory for sockets of the worker.
 	SocketDir func(dir string) error
 	// Applied is told of each configuration that runs, before HAProxy uses a new
@@ -241,7 +245,11 @@ func (m *Manager) worked() {
 // step tries to make HAProxy match a snapshot. A positive wait means: not yet.
 func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.Time, last *string) (wait time.Duration, err error) {
 	open, taken := m.listenable(snap)
-	want, refused, err := m.conf.Renderer.Render(open, m.conf.Generation(), m.running)
+	prev := m.running
+	if prev == nil {
+		prev = m.conf.Inherited // slots, if a predecessor's HAProxy uses them
+	}
+	want, refused, err := m.conf.Renderer.Render(open, m.conf.Generation(), prev)
 	if err != nil {
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
@@ -298,6 +306,9 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 // listenable leaves out upstreams whose address another process has: HAProxy would
 // refuse to start for one of them, and take the others down.
 func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*render.Refused) {
+	if m.conf.Proxy.Inherits() {
+		return snap, nil
+	}
 	var taken []*render.Refused
 	held := map[string]bool{}
 	if m.running != nil && m.conf.Proxy.Up() {

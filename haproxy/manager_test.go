@@ -3,6 +3,7 @@ package haproxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -62,6 +63,8 @@ func (f *fakeProxy) Reload(context.Context) error {
 	f.load()
 	return nil
 }
+
+func (f *fakeProxy) Inherits() bool { return false }
 
 func (f *fakeProxy) Up() bool {
 	f.mu.Lock()
@@ -147,7 +150,7 @@ func (b *bed) want(ups ...string) {
 	for i, spec := range ups {
 		name, n, _ := strings.Cut(spec, ":")
 		u := &connect.Upstream{Name: name, Protocol: connect.HTTP, ConnectTimeout: time.Second, IdleTimeout: time.Minute,
-			Listen: connect.Listener{Address: "127.0.0.1", Port: 39000 + i}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{b.ca.ID(name)}}}
+			Listen: connect.Listener{SocketPath: fmt.Sprintf("/tmp/hcm-%d.sock", i), SocketMode: "600"}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{b.ca.ID(name)}}}
 		for j := range len(n) {
 			u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: "e" + n[j:j+1], Address: "10.0.0.1", Port: 20000 + int(n[j]), Weight: 1})
 		}

@@ -212,8 +212,13 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		Serving: func() { s.manager.Restarted() },
 		Died:    func(error) { s.restarts.Add(1) },
 	})
+	var inherited *render.Config
+	if s.proc.FindPredecessor(ctx) {
+		inherited = slotsOnDisk(s.dir)
+	}
 	conf := haproxy.Config{
-		Dir: s.dir, Renderer: renderer, Proxy: s.proc, Can: haproxy.Can{CACommit: f.CACommit}, Log: s.log,
+		Inherited: inherited,
+		Dir:       s.dir, Renderer: renderer, Proxy: s.proc, Can: haproxy.Can{CACommit: f.CACommit}, Log: s.log,
 		Generation: s.agent.Generation,
 		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
 	}
@@ -226,9 +231,6 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	s.watcher = consul.NewWatcher(s.client, id, s.log)
 	s.waiting("")
 
-	if n := process.EndOrphans(filepath.Join(s.dir, render.MainFile), s.log); n > 0 {
-		s.log.Warn("ended the HAProxy that a killed predecessor left", "processes", n)
-	}
 	procDone := make(chan error, 1)
 	go func() { procDone <- s.proc.Run(procCtx) }()
 	control, controlCtx := errgroup.WithContext(ctx)
@@ -246,6 +248,19 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		err = e
 	}
 	return errors.Join(err, s.cleanDir())
+}
+
+// slotsOnDisk reads the slots that a predecessor's HAProxy uses.
+func slotsOnDisk(dir string) *render.Config {
+	files, _ := filepath.Glob(filepath.Join(dir, render.SlotMapFile("*")))
+	text := map[string]string{}
+	for _, f := range files {
+		class := strings.TrimSuffix(filepath.Base(f), ".map")
+		if b, err := os.ReadFile(f); err == nil && render.SlotMapFile(class) != render.PolicyMap {
+			text[class] = string(b)
+		}
+	}
+	return render.Slots(text)
 }
 
 // publish takes a new snapshot: the policy is in force before anything else.

@@ -57,6 +57,7 @@ type Process struct {
 	up     atomic.Bool
 
 	refusals atomic.Uint64
+	inherits atomic.Bool
 }
 
 // New makes a process that is not running.
@@ -123,7 +124,7 @@ func (p *Process) Run(ctx context.Context) error {
 	backoff := minBackoff
 	for {
 		began := time.Now()
-		c, err := p.spawn(ctx)
+		c, err := p.takeOver(ctx)
 		if reply != nil {
 			reply <- err
 			reply = nil
@@ -167,6 +168,50 @@ func (p *Process) Run(ctx context.Context) error {
 	}
 }
 
+// Inherits reports whether the HAProxy of a killed predecessor still serves.
+func (p *Process) Inherits() bool { return p.inherits.Load() }
+
+// FindPredecessor looks for the HAProxy that a killed predecessor left with this
+// configuration. When it serves, Start will take its listeners over without a gap;
+// when it does not, it is ended.
+func (p *Process) FindPredecessor(ctx context.Context) bool {
+	if len(running(p.conf.File)) == 0 {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if _, err := runtimeapi.Socket(p.statsSocket()).Do(ctx, "show info", nil); err != nil {
+		n := EndOrphans(p.conf.File, p.conf.Log)
+		p.conf.Log.Warn("ended the HAProxy that a killed predecessor left", "processes", n)
+		return false
+	}
+	p.inherits.Store(true)
+	return true
+}
+
+func (p *Process) statsSocket() string { return p.conf.Dir + "/sock/stats" }
+
+// takeOver starts a master; if a predecessor's HAProxy serves, with its listeners,
+// and only then asks it to finish what it has.
+func (p *Process) takeOver(ctx context.Context) (*child, error) {
+	if !p.inherits.Load() {
+		return p.spawn(ctx)
+	}
+	defer p.inherits.Store(false)
+	old := running(p.conf.File)
+	c, err := p.spawn(ctx, "-x", p.statsSocket())
+	if err != nil {
+		p.conf.Log.Warn("cannot take over from the predecessor's HAProxy; ending it first", "error", err)
+		EndOrphans(p.conf.File, p.conf.Log)
+		return p.spawn(ctx)
+	}
+	for _, pid := range old {
+		_ = syscall.Kill(pid, syscall.SIGUSR1) // finish and end; gone already is fine
+	}
+	p.conf.Log.Warn("took over from the HAProxy that a killed predecessor left", "processes", len(old))
+	return c, nil
+}
+
 type child struct {
 	cmd  *exec.Cmd
 	done chan error
@@ -175,7 +220,7 @@ type child struct {
 }
 
 // spawn starts a master and waits until its worker answers.
-func (p *Process) spawn(ctx context.Context) (*child, error) {
+func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 	outR, outW, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -187,7 +232,15 @@ func (p *Process) spawn(ctx context.Context) (*child, error) {
 		return nil, err
 	}
 	p.alerts.reset()
-	cmd := exec.Command(p.conf.Binary.Path, "-W", "-S", p.masterSocket()+",mode,600", "-f", p.conf.File)
+	old := 0 // a predecessor's worker, which also answers
+	if len(args) > 0 {
+		if old, _ = p.worker(ctx); old == 0 {
+			old, _ = p.pid(ctx, func(ctx context.Context, text string) (string, error) {
+				return runtimeapi.Socket(p.statsSocket()).Do(ctx, text, nil)
+			})
+		}
+	}
+	cmd := exec.Command(p.conf.Binary.Path, append([]string{"-W", "-S", p.masterSocket() + ",mode,600", "-f", p.conf.File}, args...)...)
 	cmd.Stdout, cmd.Stderr = outW, errW
 	cmd.Dir = p.conf.Dir
 	// Its own group: a terminal's Ctrl-C is ours to translate.
@@ -208,7 +261,7 @@ func (p *Process) spawn(ctx context.Context) (*child, error) {
 		close(c.done)
 	}()
 	p.setMaster(cmd.Process.Pid)
-	if err := p.await(ctx, c.done, 0, startWait); err != nil {
+	if err := p.await(ctx, c.done, old, startWait); err != nil {
 		p.end(c, syscall.SIGTERM, 2*time.Second)
 		return nil, fmt.Errorf("HAProxy does not start: %w", err)
 	}
@@ -243,9 +296,13 @@ func (p *Process) await(ctx context.Context, died <-chan error, old int, limit t
 
 // worker is the pid of the worker that serves.
 func (p *Process) worker(ctx context.Context) (int, error) {
+	return p.pid(ctx, func(ctx context.Context, text string) (string, error) { return p.Do(ctx, text, nil) })
+}
+
+func (p *Process) pid(ctx context.Context, do func(context.Context, string) (string, error)) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	out, err := p.Do(ctx, "show info", nil)
+	out, err := do(ctx, "show info")
 	if err != nil {
 		return 0, err
 	}

@@ -120,6 +120,7 @@ type SlotTable struct {
 	Class string
 	Size  int            // sockets that exist
 	Used  map[string]int // "address|port|id|id" -> slot
+	Owner map[int]string // "id|id" of every slot that was ever used: 1 to len(Owner)
 }
 
 // Text is the whole haproxy.cfg.

@@ -221,6 +221,10 @@ type globalSection struct {
 	what string
 }
 
+// maxOldWorkers caps replaced workers that still have sessions: each keeps its whole
+// memory. The oldest is ended when there would be more.
+const maxOldWorkers = 20
+
 func (o *Options) global() []globalSection {
 	var out []globalSection
 	if o.LuaBool {
@@ -239,7 +243,8 @@ func (o *Options) global() []globalSection {
 	if o.User != "" {
 		owner = " user " + o.User
 	}
-	g.add("stats socket unix@%s mode 600%s level admin", o.path(StatsSocket), owner)
+	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
+	g.add("mworker-max-reloads %d", maxOldWorkers)
 	g.add("stats timeout 1m")
 	g.add("log stdout format raw local0 info")
 	g.add("hard-stop-after %s", ms(o.HardStopAfter))

@@ -248,3 +248,32 @@ func BenchmarkRenderOneFlip(b *testing.B) {
 		})
 	}
 }
+
+// What a replaced worker means by a slot must never become another service.
+func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
+	p := newIdentity(t)
+	first := mustRender(t, p.snapshot(1, 10), Options{}, nil)
+	gone := p.snapshot(0, 0)
+	gone.Upstreams = []*connect.Upstream{p.upstream("another", connect.HTTP, 9000, 20)}
+	second := mustRender(t, gone, Options{}, first)
+	third := mustRender(t, p.snapshot(1, 10), Options{}, second)
+	owner := map[int]string{}
+	for _, c := range []*Config{first, second, third} {
+		for v, id := range c.Slots["h1-5000"].Used {
+			who := identities(v)
+			require.NotEmpty(t, who)
+			if owner[id] == "" {
+				owner[id] = who
+			}
+			require.Equal(t, owner[id], who, "slot %d", id)
+		}
+	}
+	require.Equal(t, first.Slots["h1-5000"].Used, third.Slots["h1-5000"].Used, "its own free slots are used again")
+	back := Slots(map[string]string{"h1-5000": second.Files[SlotMapFile("h1-5000")]})
+	require.Equal(t, second.Slots["h1-5000"].Used, back.Slots["h1-5000"].Used)
+	fourth := mustRender(t, p.snapshot(1, 10), Options{}, back)
+	for v, id := range fourth.Slots["h1-5000"].Used {
+		require.Greater(t, id, 30, v)
+	}
+	require.Empty(t, Slots(map[string]string{"x": "junk\n1 2\n-5 x\n"}).Slots["x"].Used)
+}

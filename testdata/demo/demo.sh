@@ -92,6 +92,7 @@ run redis-sidecar "$connect" -sidecar-for redis -token-file "$work/redis.token" 
 run www-sidecar "$connect" -sidecar-for www -token-file "$work/www.token" -run-dir "$work/w" -admin-addr 127.0.0.1:1936
 for port in 1936 1937; do "$connect" wait -timeout 30s -admin-addr "127.0.0.1:$port" || fail "the sidecar at $port is not ready"; done
 until_ 15 "redis answers" redis-cli -p 6380 ping
+until_ 15 "www's sidecar knows redis's" sh -c "'$connect' status | grep -q 'redis .*127.0.0.1:21001'"
 echo "ready after $((SECONDS - began)) s"
 
 visit() { curl -sS -m 10 http://127.0.0.1:21002/; }
