@@ -61,6 +61,7 @@ const (
 	firstRetry  = 500 * time.Millisecond
 	lastRetry   = 30 * time.Second
 	deleteEvery = 250 * time.Millisecond
+	drainFor    = time.Second
 	driftEvery  = 30 * time.Second
 	command     = 10 * time.Second
 	portEvery   = 5 * time.Second
@@ -94,8 +95,8 @@ type Manager struct {
 
 	// Only Run's goroutine:
 	running  *render.Config
-	broken   bool            // runtime state is unknown: the next step is a reload
-	deleting map[string]bool // servers in maintenance that still have sessions
+	broken   bool                 // runtime state is unknown: the next step is a reload
+	deleting map[string]time.Time // servers that get nothing new, and since when
 	reloaded time.Time
 	lastErr  string
 }
@@ -105,7 +106,7 @@ func NewManager(c Config) *Manager {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]bool{},
+	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]time.Time{},
 		status: Status{Reloads: map[Reason]uint64{}, Errors: map[string]uint64{}}}
 }
 
@@ -503,7 +504,7 @@ func (m *Manager) do(ctx context.Context, text string, payload []byte, want stri
 func (m *Manager) command(ctx context.Context, c Command, want *render.Config) error {
 	switch c.Kind {
 	case Add:
-		if m.deleting[c.Server] {
+		if _, draining := m.deleting[c.Server]; draining {
 			// It is still there, draining: take it back. Its name stands for the
 			// same address and options.
 			delete(m.deleting, c.Server)
@@ -528,7 +529,7 @@ func (m *Manager) command(ctx context.Context, c Command, want *render.Config) e
 			return err
 		}
 		if c.Server != "" {
-			m.deleting[c.Server] = true
+			m.deleting[c.Server] = time.Now()
 		}
 		return nil
 	case Cert:
@@ -562,6 +563,25 @@ func (m *Manager) swap(ctx context.Context, kind, file string, c Command) error 
 		return nil
 	}
 	m.conf.Log.Info("the roots were replaced without a reload")
+	return m.purge(ctx)
+}
+
+// purge closes idle pooled connections, which were verified by other roots: a server
+// that goes to maintenance and back loses them, and its requests go on.
+func (m *Manager) purge(ctx context.Context) error {
+	for _, sec := range m.running.Sections {
+		for i := range sec.Servers {
+			full := strings.TrimPrefix(sec.Name, "backend ") + "/" + sec.Servers[i].Name
+			if sec.Servers[i].Slot == (render.Slot{}) {
+				continue // a tcp session has no pool
+			}
+			for _, state := range []string{"maint", "ready"} {
+				if err := m.do(ctx, "set server "+full+" state "+state, nil, ""); err != nil && !strings.Contains(err.Error(), "No such") {
+					return err
+				}
+			}
+		}
+	}
 	return nil
 }
 
@@ -570,7 +590,15 @@ func (m *Manager) deleteServers(ctx context.Context) {
 	if len(m.deleting) == 0 || !m.conf.Proxy.Up() {
 		return
 	}
-	for full := range m.deleting {
+	for full, since := range m.deleting {
+		// First only drained: maintenance closes idle connections, and one that a
+		// request has just picked would be lost with it.
+		if time.Since(since) < drainFor {
+			continue
+		}
+		if err := m.do(ctx, "set server "+full+" state maint", nil, ""); err != nil && !strings.Contains(err.Error(), "No such") {
+			continue
+		}
 		err := m.do(ctx, "del server "+full, nil, "Server deleted")
 		if err == nil || strings.Contains(err.Error(), "No such") { // the second: HAProxy was restarted meanwhile
 			delete(m.deleting, full)
@@ -610,14 +638,22 @@ func (m *Manager) drifted(ctx context.Context) bool {
 	}
 	for full := range have {
 		backend, _, _ := strings.Cut(full, "/")
-		if sec := m.running.Find("backend " + backend); sec != nil && len(sec.Servers) > 0 && !m.deleting[full] {
+		if sec := m.running.Find("backend " + backend); sec != nil && len(sec.Servers) > 0 && m.deleting[full].IsZero() {
 			extra++
 		}
 	}
-	if missing+extra == 0 {
+	leaf := ""
+	if out, err := m.conf.Proxy.Do(ctx, "show ssl cert "+m.running.Dir+"/"+render.LeafFile, nil); err == nil {
+		for line := range strings.Lines(out) {
+			if serial, ok := strings.CutPrefix(strings.TrimSpace(line), "Serial: "); ok && serial != m.running.Leaf.Serial {
+				leaf = serial
+			}
+		}
+	}
+	if missing+extra == 0 && leaf == "" {
 		return false
 	}
-	m.conf.Log.Warn("HAProxy is not in the state it was left in; repairing", "missing", missing, "unknown", extra)
+	m.conf.Log.Warn("HAProxy is not in the state it was left in; repairing", "missing", missing, "unknown", extra, "other_leaf", leaf)
 	m.broken = true
 	m.mu.Lock()
 	m.status.Drifts++

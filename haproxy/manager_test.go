@@ -183,7 +183,7 @@ func TestEndpointsGoOutAtOnceWithoutReload(t *testing.T) {
 		require.Equal(t, 2, endpointLines(string(disk)), "the file describes what runs")
 		b.want("api:2")
 		synctest.Wait()
-		time.Sleep(time.Second)
+		time.Sleep(2 * time.Second)
 		_, reloads, commands = b.proxy.counts()
 		require.Zero(t, reloads)
 		require.Contains(t, strings.Join(commands, "\n"), "del server api.default.dc1/e1.")

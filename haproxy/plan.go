@@ -266,7 +266,7 @@ func servers(now, want *render.Section, p *Plan) {
 	for i := range now.Servers {
 		if name := now.Servers[i].Name; old[name] != nil {
 			full := backend + "/" + name
-			p.Commands = append(p.Commands, Command{Kind: Remove, Server: full, Text: fmt.Sprintf("set server %s state maint", full)})
+			p.Commands = append(p.Commands, Command{Kind: Remove, Server: full, Text: fmt.Sprintf("set server %s state drain", full)})
 		}
 	}
 }

@@ -164,6 +164,9 @@ type statusReport struct {
 	Error     string            `json:"error,omitempty"`
 	Ignored   []string          `json:"ignored"`
 	Policy    string            `json:"policy_generation,omitempty"`
+	Old       int               `json:"old_workers"`
+	Deleting  int               `json:"draining_servers"`
+	Restarts  uint64            `json:"haproxy_restarts"`
 }
 
 func (s *sidecar) status() statusReport {
@@ -181,6 +184,10 @@ func (s *sidecar) status() statusReport {
 		out.Reloads[string(r)] = n
 	}
 	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, s.agent.Generation()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	out.Old, _ = s.proc.OldWorkers(ctx) // none while there is no HAProxy
+	out.Deleting, out.Restarts = st.Deleting, s.restarts.Load()
 	snap := s.newest.Load()
 	if snap == nil {
 		return out

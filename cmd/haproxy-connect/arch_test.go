@@ -15,7 +15,7 @@ const module = "github.com/haproxy-connect/haproxy-connect/"
 // mayImport is the table of rooms in the README: what each package may import of
 // ours. A package that is not listed fails.
 var mayImport = map[string][]string{
-	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "intentions", "intentions/spoe"},
+	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "intentions", "intentions/spoe", "lua"},
 	"certs":               {},
 	"connect":             {"certs", "intentions"},
 	"connect/connecttest": {},

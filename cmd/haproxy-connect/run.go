@@ -26,6 +26,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
 // urgent ends everything at once; the second signal calls hurry.
@@ -273,6 +274,9 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
 		s.dial.SetIdentity(snap.Leaf, snap.Roots)
 	}
+	if len(s.noticed) > 1000 {
+		clear(s.noticed) // said again rather than remembered for ever
+	}
 	for _, n := range snap.Notices {
 		if !s.noticed[n] {
 			s.noticed[n] = true
@@ -386,21 +390,21 @@ func (s *sidecar) retry(ctx context.Context, what string, try func(context.Conte
 
 // selfTest proves the connectors on this binary, in a directory of its own.
 func (s *sidecar) selfTest(ctx context.Context) error {
-	dir, err := os.MkdirTemp("", "hc-selftest-")
-	if err != nil {
+	// Beside the run directories, which is the one place that must be writable.
+	base := s.conf.runDir
+	if base == "" {
+		base = filepath.Dir(s.conf.dir("any"))
+	} else if err := process.PrepareDir(base, s.account); err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	run := filepath.Join(dir, "r")
-	if err := os.Chmod(dir, 0o711); err != nil { // the worker passes to its sockets
-		return err
-	}
+	run := filepath.Join(base, fmt.Sprintf("self-%d", os.Getpid()))
+	defer os.RemoveAll(run)
 	if err := process.PrepareDir(run, s.account); err != nil {
 		return err
 	}
 	f := s.binary.Version.Features()
 	begun := time.Now()
-	err = haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, MaxConn: 100},
+	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, MaxConn: 100},
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {
@@ -482,9 +486,14 @@ func lockDir(dir string) (func(), error) {
 	return func() { f.Close() }, nil
 }
 
-// cleanDir removes keys and sockets; nothing of the mesh stays behind.
+// cleanDir removes what we wrote, and the directory if nothing else is in it.
 func (s *sidecar) cleanDir() error {
-	return errors.Join(os.RemoveAll(filepath.Join(s.dir, "tls")), os.RemoveAll(filepath.Join(s.dir, "sock")), os.RemoveAll(filepath.Join(s.dir, "maps")))
+	var err error
+	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", "lock"} {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))
+	}
+	_ = os.Remove(s.dir) // not empty: somebody else's files
+	return err
 }
 
 // checkFiles derives the connection limit from the limit of open files.

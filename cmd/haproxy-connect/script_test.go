@@ -187,7 +187,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
 	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
 	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
-	"grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
+	"flap": inWorld((*world).cmdFlap), "churn-intentions": inWorld((*world).cmdChurn), "grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
@@ -1121,4 +1121,26 @@ func (w *world) cmdOccupy(ts *testscript.TestScript, _ bool, args []string) {
 
 func (w *world) cmdFree(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(w.occupied[args[0]].Close())
+}
+
+// flap SERVICE N: the last of three instances of scale goes and comes N times, as fast as Consul takes it.
+func (w *world) cmdFlap(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	for range n / 2 {
+		for _, count := range []string{"2", "3"} {
+			w.cmdScale(ts, false, []string{args[0], count})
+		}
+	}
+}
+
+// churn-intentions DESTINATION N: N changes that leave www allowed throughout.
+func (w *world) cmdChurn(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	for i := range n / 2 {
+		source := fmt.Sprintf("caller%d", i%7)
+		w.cmdIntention(ts, false, []string{"deny", source, args[0]})
+		w.cmdIntention(ts, false, []string{"allow", source, args[0]})
+	}
 }

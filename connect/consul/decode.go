@@ -452,19 +452,19 @@ func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) 
 			taken[l.Port] = append(taken[l.Port], l)
 		}
 		d.settings(u, n)
-		base := connect.SafeName(d.service)
+		name := connect.SafeName(d.service)
 		if d.query {
-			base += ".query"
+			name += ".query"
 		}
+		d.up.Name, d.up.Target.Name = name, name+".default."+connect.SafeName(d.dc)
 		if d.dc != s.Datacenter {
-			base += "." + connect.SafeName(d.dc)
+			d.up.Name += "." + connect.SafeName(d.dc)
 		}
-		used[base]++
-		if used[base] > 1 {
-			base += fmt.Sprintf("_%d", used[base])
+		if used[d.up.Target.Name]++; used[d.up.Target.Name] > 1 {
+			again := fmt.Sprintf("_%d", used[d.up.Target.Name])
+			d.up.Name += again
+			d.up.Target.Name += again
 		}
-		d.up.Name = base
-		d.up.Target.Name = base + ".default." + connect.SafeName(d.dc)
 		d.key = fmt.Sprintf("%t\x00%s\x00%s", d.query, d.service, d.dc)
 		out = append(out, d)
 	}

@@ -76,6 +76,26 @@ func (p *Process) Do(ctx context.Context, command string, payload []byte) (strin
 	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@1 "+command, payload)
 }
 
+// OldWorkers counts replaced workers that still have sessions, from the master's
+// own table (`show proc`).
+func (p *Process) OldWorkers(ctx context.Context) (int, error) {
+	out, err := runtimeapi.Socket(p.masterSocket()).Do(ctx, "show proc", nil)
+	if err != nil {
+		return 0, err
+	}
+	n, old := 0, false
+	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "#") {
+			old = strings.HasPrefix(line, "# old workers")
+			continue
+		}
+		if old && strings.Contains(line, "worker") {
+			n++
+		}
+	}
+	return n, nil
+}
+
 // Up reports whether a worker serves.
 func (p *Process) Up() bool { return p.up.Load() }
 

@@ -24,8 +24,15 @@ if [ ${#missing[@]} -gt 0 ]; then
 	[ "$(id -u)" = 0 ] || sudo=sudo
 	export DEBIAN_FRONTEND=noninteractive
 	$sudo apt-get update -qq
-	# Services of these packages must not start: the demo runs its own.
-	$sudo env RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+	# Services of these packages must not start: the demo runs its own. policy-rc.d is
+	# Debian's way to say so; one that is there already is left alone.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$policy" ]; then
+		printf '#!/bin/sh\nexit 101\n' | $sudo tee "$policy" >/dev/null
+		$sudo chmod +x "$policy"
+		trap '$sudo rm -f "$policy"' EXIT
+	fi
+	$sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
 "$here/haproxy.sh" trixie 3.0 "$cache"
