@@ -39,6 +39,7 @@ fuzz:
 	go test ./certs -run '^$$' -fuzz FuzzParseID -fuzztime $(FUZZTIME)
 	go test ./intentions/spoe -run '^$$' -fuzz FuzzFrame -fuzztime $(FUZZTIME)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine -fuzztime $(FUZZTIME)
+	go test ./haproxy -run '^$$' -fuzz FuzzParseSession -fuzztime $(FUZZTIME)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration -fuzztime $(FUZZTIME)
 
 bench:

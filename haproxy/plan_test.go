@@ -25,17 +25,21 @@ type planCase struct {
 	Inbound    connect.Protocol // "": a client only
 	Generation string
 	Leaf, Root int // which of the test's certificates
-	Upstreams  []struct {
-		Name      string
-		Protocol  connect.Protocol
-		Port      int
-		Connect   string
-		Passive   bool
-		Endpoints []struct {
-			Name, Address string
-			Port, Weight  int
-		}
-	}
+	Upstreams  []planUpstream
+}
+
+type planUpstream struct {
+	Name      string
+	Protocol  connect.Protocol
+	Port      int
+	Connect   string
+	Passive   bool
+	Endpoints []planEndpoint
+}
+
+type planEndpoint struct {
+	Name, Address string
+	Port, Weight  int
 }
 
 type planCerts struct {
@@ -144,22 +148,9 @@ func BenchmarkPlanOneFlip(b *testing.B) {
 			require.NoError(b, err)
 			var c planCase
 			for i := range n {
-				one := struct {
-					Name      string
-					Protocol  connect.Protocol
-					Port      int
-					Connect   string
-					Passive   bool
-					Endpoints []struct {
-						Name, Address string
-						Port, Weight  int
-					}
-				}{Name: fmt.Sprintf("u%d", i), Protocol: connect.HTTP, Port: 10000 + i}
+				one := planUpstream{Name: fmt.Sprintf("u%d", i), Protocol: connect.HTTP, Port: 10000 + i}
 				for j := range 10 {
-					one.Endpoints = append(one.Endpoints, struct {
-						Name, Address string
-						Port, Weight  int
-					}{fmt.Sprintf("e%d", j), fmt.Sprintf("10.0.%d.%d", i%250, j+1), 20000, 1})
+					one.Endpoints = append(one.Endpoints, planEndpoint{fmt.Sprintf("e%d", j), fmt.Sprintf("10.0.%d.%d", i%250, j+1), 20000, 1})
 				}
 				c.Upstreams = append(c.Upstreams, one)
 			}

@@ -167,6 +167,7 @@ type statusReport struct {
 	Old       int               `json:"old_workers"`
 	Deleting  int               `json:"draining_servers"`
 	Restarts  uint64            `json:"haproxy_restarts"`
+	Revoked   uint64            `json:"revoked_sessions"`
 }
 
 func (s *sidecar) status() statusReport {
@@ -186,7 +187,8 @@ func (s *sidecar) status() statusReport {
 	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, s.agent.Generation()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	out.Old, _ = s.proc.OldWorkers(ctx) // none while there is no HAProxy
+	old, _ := s.proc.OldWorkers(ctx) // none while there is no HAProxy
+	out.Old, out.Revoked = len(old), s.revoked.Load()
 	out.Deleting, out.Restarts = st.Deleting, s.restarts.Load()
 	snap := s.newest.Load()
 	if snap == nil {

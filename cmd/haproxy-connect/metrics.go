@@ -29,7 +29,7 @@ type metrics struct {
 	mu      sync.Mutex
 	callers map[string]bool
 
-	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, oldWorkers, draining *prometheus.Desc
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, revoked, oldWorkers, draining *prometheus.Desc
 }
 
 func newMetrics(s *sidecar) *metrics {
@@ -52,6 +52,7 @@ func newMetrics(s *sidecar) *metrics {
 		restarts:    d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
 		endpoints:   d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
 		watchErrors: d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
+		revoked:     d("revoked_sessions_total", "Open sessions ended because their caller was denied meanwhile."),
 		oldWorkers:  d("old_workers", "Replaced workers of HAProxy that still have sessions."),
 		draining:    d("draining_servers", "Endpoints that are gone and still have sessions."),
 		refused:     d("identity_refusals_total", "Connections to upstreams that were refused because the server showed a wrong identity."),
@@ -84,7 +85,7 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused, m.oldWorkers, m.draining} {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining} {
 		ch <- d
 	}
 }
@@ -110,9 +111,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.refused, s.proc.Refusals())
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	if n, err := s.proc.OldWorkers(ctx); err == nil {
-		gauge(m.oldWorkers, float64(n))
+	if old, err := s.proc.OldWorkers(ctx); err == nil {
+		gauge(m.oldWorkers, float64(len(old)))
 	}
+	counter(m.revoked, s.revoked.Load())
 	gauge(m.draining, float64(s.manager.Status().Deleting))
 	st := s.manager.Status()
 	for r, n := range st.Reloads {

@@ -55,6 +55,8 @@ type sidecar struct {
 	newest   atomic.Pointer[connect.Snapshot]
 	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
 	restarts atomic.Uint64
+	revoked  atomic.Uint64
+	revoke   chan struct{} // the policy changed: look at what is open
 	noticed  map[connect.Notice]bool
 }
 
@@ -80,7 +82,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}}
+	s := &sidecar{conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
@@ -238,6 +240,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	control.Go(func() error { return s.manager.Run(controlCtx) })
 	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
 	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
+	control.Go(func() error { s.revokeSessions(controlCtx); return nil })
 	s.log.Info("sidecar starts", "proxy", id, "haproxy", s.binary.Version, "run_dir", s.dir, "agent", s.client.Addr())
 	err = control.Wait() // ctx ended, or a part failed
 
@@ -270,6 +273,12 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	s.heard.Store(time.Now().UnixNano())
 	if old == nil || old.Policy != snap.Policy {
 		s.agent.SetPolicy(snap.Policy)
+		if old != nil {
+			select {
+			case s.revoke <- struct{}{}:
+			default:
+			}
+		}
 	}
 	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
 		s.dial.SetIdentity(snap.Leaf, snap.Roots)
@@ -290,6 +299,35 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	s.manager.Want(snap)
+}
+
+// revokeSessions ends, after each change of the policy, the open sessions of callers
+// that it denies. Requests on idle connections are judged anew by themselves.
+func (s *sidecar) revokeSessions(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.revoke:
+		}
+		cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		workers := []haproxy.Worker{func(ctx context.Context, c string) (string, error) { return s.proc.Do(ctx, c, nil) }}
+		old, _ := s.proc.OldWorkers(cctx) // an error is that of the next command too
+		for _, pid := range old {
+			workers = append(workers, func(ctx context.Context, c string) (string, error) { return s.proc.DoOld(ctx, pid, c) })
+		}
+		ended, live, err := haproxy.EndSessions(cctx, workers, s.agent.Denied)
+		cancel()
+		s.revoked.Add(uint64(ended))
+		if err == nil {
+			s.agent.Forget(live)
+		} else if s.proc.Up() && ctx.Err() == nil {
+			s.log.Warn("cannot look through open sessions after a change of intentions", "error", err, "try", "nothing: the next change looks again")
+		}
+		if ended > 0 {
+			s.log.Info("ended open sessions of callers that are denied now", "sessions", ended)
+		}
+	}
 }
 
 // watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the

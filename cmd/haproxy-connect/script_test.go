@@ -884,7 +884,7 @@ func (w *world) cmdReloads(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// hold NAME ADDR: opens a TCP session and keeps it. held NAME open|closed.
+// hold NAME ADDR: opens a TCP session and keeps it. held NAME open|closed [-within D].
 func (w *world) cmdHold(ts *testscript.TestScript, _ bool, args []string) {
 	c, err := dialAny(args[1])
 	ts.Check(err)
@@ -914,7 +914,13 @@ func (w *world) cmdHeld(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		return
 	}
-	ts.Check(c.SetReadDeadline(time.Now().Add(patience)))
+	limit := patience
+	if len(args) > 3 {
+		var err error
+		limit, err = time.ParseDuration(args[3])
+		ts.Check(err)
+	}
+	ts.Check(c.SetReadDeadline(time.Now().Add(limit)))
 	b := make([]byte, 1)
 	if _, err := c.Read(b); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		ts.Fatalf("the session %s is still open (%v)\n%s", args[0], err, w.allLogs())

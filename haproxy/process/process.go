@@ -76,24 +76,30 @@ func (p *Process) Do(ctx context.Context, command string, payload []byte) (strin
 	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@1 "+command, payload)
 }
 
-// OldWorkers counts replaced workers that still have sessions, from the master's
-// own table (`show proc`).
-func (p *Process) OldWorkers(ctx context.Context) (int, error) {
+// OldWorkers are the pids of replaced workers that still have sessions, from the
+// master's own table (`show proc`).
+func (p *Process) OldWorkers(ctx context.Context) ([]string, error) {
 	out, err := runtimeapi.Socket(p.masterSocket()).Do(ctx, "show proc", nil)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	n, old := 0, false
+	var pids []string
+	old := false
 	for line := range strings.Lines(out) {
 		if strings.HasPrefix(line, "#") {
 			old = strings.HasPrefix(line, "# old workers")
 			continue
 		}
-		if old && strings.Contains(line, "worker") {
-			n++
+		if f := strings.Fields(line); old && len(f) > 1 && f[1] == "worker" {
+			pids = append(pids, f[0])
 		}
 	}
-	return n, nil
+	return pids, nil
+}
+
+// DoOld runs one command on a replaced worker.
+func (p *Process) DoOld(ctx context.Context, pid, command string) (string, error) {
+	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@!"+pid+" "+command, nil)
 }
 
 // Up reports whether a worker serves.

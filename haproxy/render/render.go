@@ -319,7 +319,7 @@ spoe-agent hc
     use-backend authz
 
 spoe-message ` + spoe.MessageConnection + `
-    args ` + spoe.ArgCert + `=ssl_c_der
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port
 
 spoe-message ` + spoe.MessageRequest + `
     args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgHeaders + `=req.hdrs_bin

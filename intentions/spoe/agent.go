@@ -22,6 +22,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync"
@@ -41,6 +42,8 @@ const (
 	ArgMethod         = "method"
 	ArgPath           = "path"
 	ArgHeaders        = "headers" // req.hdrs_bin
+	ArgSource         = "src"     // the caller's address and port, to find its session again
+	ArgPort           = "port"
 
 	// Variables, in HAProxy under the prefix of the agent. Session scope:
 	VarVerdict    = "verdict"    // Allow, Deny or Ask
@@ -89,6 +92,60 @@ type Agent struct {
 
 	mu       sync.Mutex
 	reported map[string]bool
+
+	callers [64]callers // by address, so that connections do not wait for each other
+}
+
+// callers remembers who connected from which address, bounded.
+type callers struct {
+	mu sync.Mutex
+	by map[netip.AddrPort]certs.SPIFFEID
+}
+
+const maxCallers = 4096 // in each of the parts
+
+func (a *Agent) callersOf(from netip.AddrPort) *callers { return &a.callers[from.Port()%64] }
+
+// remember keeps who connected from an address until somebody else does.
+func (a *Agent) remember(from netip.AddrPort, id certs.SPIFFEID) {
+	c := a.callersOf(from)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.by == nil || len(c.by) >= maxCallers {
+		c.by = map[netip.AddrPort]certs.SPIFFEID{}
+	}
+	c.by[from] = id
+}
+
+// Denied reports whether the policy in force denies the session from this address.
+// A session of which nothing is known is denied, as who called must not be guessed,
+// unless it still waits to be let in: then the question is yet to come.
+func (a *Agent) Denied(from netip.AddrPort, waits bool) bool {
+	c := a.callersOf(from)
+	c.mu.Lock()
+	id, ok := c.by[from]
+	c.mu.Unlock()
+	if !ok {
+		return !waits
+	}
+	d := a.Policy().Decide(id, nil)
+	return !d.Allow && !d.PerRequest
+}
+
+// Forget drops every address but those of sessions that live.
+func (a *Agent) Forget(live map[netip.AddrPort]bool) {
+	for i := range a.callers {
+		c := &a.callers[i]
+		c.mu.Lock()
+		if len(c.by) > maxCallers/2 {
+			for from := range c.by {
+				if !live[from] {
+					delete(c.by, from)
+				}
+			}
+		}
+		c.mu.Unlock()
+	}
 }
 
 // epoch is one policy with its generation.
@@ -317,6 +374,9 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 		case MessageConnection:
 			ans := c.answer(m.cert)
 			ans.counter.Inc()
+			if ans.valid && m.src.IsValid() {
+				c.agent.remember(netip.AddrPortFrom(m.src, m.port), ans.id)
+			}
 			out = append(out, ans.actions...)
 		case MessageRequest:
 			out = c.perRequest(out, &m)
@@ -327,7 +387,11 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 	return endFrame(out, from), nil
 }
 
-type message struct{ cert, method, path, headers []byte }
+type message struct {
+	cert, method, path, headers []byte
+	src                         netip.Addr
+	port                        uint16
+}
 
 func (m *message) set(key []byte, v value) {
 	switch string(key) {
@@ -339,6 +403,12 @@ func (m *message) set(key []byte, v value) {
 		m.path = v.bytes
 	case ArgHeaders:
 		m.headers = v.bytes
+	case ArgSource:
+		if addr, ok := netip.AddrFromSlice(v.bytes); ok && (v.kind == typeIPv4 || v.kind == typeIPv6) {
+			m.src = addr.Unmap()
+		}
+	case ArgPort:
+		m.port = uint16(v.num)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"io"
 	"net"
+	"net/netip"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -201,6 +202,30 @@ func TestAgentAnswers(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, count, "each kind of deny is told once: %q", told)
+}
+
+// Who connected from an address is remembered, so that a new deny finds its session.
+func TestDeniedSessions(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	connect, _ := start(t, a)
+	h := connect()
+	from := netip.MustParseAddrPort("10.1.2.3:40000")
+	b := beginFrame(nil, frameNotify, 1, 1)
+	b = append(appendText(b, MessageConnection), 3)
+	b = binaryArg(b, ArgCert, caller(t, "web"))
+	b = append(append(appendText(b, ArgSource), typeIPv4), 10, 1, 2, 3)
+	b = appendVarint(append(appendText(b, ArgPort), typeInt32), 40000)
+	h.send(endFrame(b, 0))
+	_, vars := h.ack()
+	require.Equal(t, Allow, vars[VarVerdict])
+	require.False(t, a.Denied(from, false))
+	a.SetPolicy(policy("db"))
+	require.True(t, a.Denied(from, false))
+	other := netip.MustParseAddrPort("10.1.2.3:40001")
+	require.True(t, a.Denied(other, false), "an unknown session was let in by somebody else")
+	require.False(t, a.Denied(other, true), "a session that waits is asked about now")
+	a.Forget(nil)
 }
 
 func TestPipelinedAndParallel(t *testing.T) {
