@@ -100,7 +100,37 @@ type Inbound struct {
 	ForwardFor          bool
 	CallerHeader        string // request header that receives the caller's service name
 	Expose              []ExposePath
+	Normalize           Normalize
+	SanitizeXFCC        bool // remove X-Forwarded-Client-Cert instead of setting it
 }
+
+// Normalize is what happens to a request before intentions look at it and the
+// application receives it (Consul's mesh.HTTP.Incoming.RequestNormalization). The
+// zero value is Consul's default.
+type Normalize struct {
+	KeepPath       bool // InsecureDisablePathNormalization
+	MergeSlashes   bool
+	EscapedSlashes EscapedSlashes // "" keeps them
+	Underscores    Underscores    // "" allows them
+}
+
+// EscapedSlashes says what becomes of %2F and %5C in a path.
+type EscapedSlashes string
+
+// Underscores says what becomes of headers with an underscore in their name.
+type Underscores string
+
+// The choices, as Consul spells them.
+const (
+	SlashesReject   EscapedSlashes = "REJECT_REQUEST"
+	SlashesRedirect EscapedSlashes = "UNESCAPE_AND_REDIRECT"
+	SlashesForward  EscapedSlashes = "UNESCAPE_AND_FORWARD"
+	SlashesKeep     EscapedSlashes = "KEEP_UNCHANGED"
+
+	UnderscoresReject Underscores = "REJECT_REQUEST"
+	UnderscoresDrop   Underscores = "DROP_HEADER"
+	UnderscoresAllow  Underscores = "ALLOW"
+)
 
 // Local is where the application listens: SocketPath, if set, wins.
 type Local struct {

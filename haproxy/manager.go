@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -217,13 +218,16 @@ func stage(name, try string, err error) error {
 	return &stageError{name, try, err}
 }
 
+// pids in HAProxy's messages would make every one of them new.
+var pids = regexp.MustCompile(`\(\d+\)`)
+
 func (m *Manager) failed(err error) {
 	name, try := "apply", ""
 	var se *stageError
 	if errors.As(err, &se) {
 		name, try = se.stage, se.try
 	}
-	if text := err.Error(); text != m.lastErr {
+	if text := pids.ReplaceAllString(err.Error(), ""); text != m.lastErr {
 		m.lastErr = text
 		m.conf.Log.Error("cannot bring HAProxy up to date; what runs stays", "error", text, "try", try)
 	}

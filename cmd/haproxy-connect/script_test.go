@@ -187,7 +187,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
 	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
 	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
-	"flap": inWorld((*world).cmdFlap), "churn-intentions": inWorld((*world).cmdChurn), "grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
+	"flap": inWorld((*world).cmdFlap), "churn-intentions": inWorld((*world).cmdChurn), "raw": inWorld((*world).cmdRaw), "grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
@@ -209,13 +209,21 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
+// nextPort hands out ports below those that the kernel gives to connections, each once:
+// a port that was free a moment ago must not be somebody's in the next.
+var nextPort atomic.Int32
+
 func freePort() (int, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
+	const first, count = 10000, 20000
+	nextPort.CompareAndSwap(0, int32(os.Getpid()*97%count)+1)
+	for range count {
+		p := first + int(nextPort.Add(1))%count
+		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", p))
+		if err == nil {
+			return p, ln.Close()
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port, nil
+	return 0, errors.New("no free port")
 }
 
 func eventually(limit time.Duration, try func() error) error {
@@ -1148,5 +1156,34 @@ func (w *world) cmdChurn(ts *testscript.TestScript, _ bool, args []string) {
 		source := fmt.Sprintf("caller%d", i%7)
 		w.cmdIntention(ts, false, []string{"deny", source, args[0]})
 		w.cmdIntention(ts, false, []string{"allow", source, args[0]})
+	}
+}
+
+// raw REGEXP ADDR TARGET [HEADER:VALUE]: a request whose target is sent as it is; the
+// answer, on one line from the status on, is so sooner or later.
+func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
+	re := regexp.MustCompile("^" + args[0])
+	extra := ""
+	if len(args) > 3 {
+		extra = args[3] + "\r\n"
+	}
+	last := ""
+	if err := eventually(patience, func() error {
+		c, err := dialAny(args[1])
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n%sConnection: close\r\n\r\n", args[2], extra); err != nil {
+			return err
+		}
+		b, err := io.ReadAll(c)
+		last = strings.Join(strings.Fields(strings.TrimPrefix(string(b), "HTTP/1.1 ")), " ")
+		if err != nil || !re.MatchString(last) {
+			return fmt.Errorf("%s answers %.500q (%v), want %s", args[2], last, err, re)
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("%v\n%s", err, w.allLogs())
 	}
 }

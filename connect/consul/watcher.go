@@ -61,7 +61,8 @@ type state struct {
 	roots     *certs.Roots
 	leaf      *certs.Leaf
 	matched   []intentions.Intention
-	heard     struct{ intentions, defaults bool }
+	mesh      meshEntry
+	heard     struct{ intentions, defaults, mesh bool }
 	allow     bool // default policy
 	answers   map[string]*resolved
 	ups       map[string]*connect.Upstream // as last published, by name
@@ -91,6 +92,7 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 	st := &state{answers: map[string]*resolved{}, ups: map[string]*connect.Upstream{}}
 	w.start(ctx, "registration", w.fetchService(ctx))
 	w.start(ctx, "roots", w.fetchRoots)
+	w.start(ctx, "mesh", w.fetchMesh)
 	var identityStarted string
 	stopIdentity := func() {}
 	defer func() { stopIdentity() }()
@@ -655,8 +657,11 @@ func endpoints(list []*api.ServiceEntry, wan, onlyPassing bool) []connect.Endpoi
 // firstGrace bounds how long upstreams may delay the first snapshot.
 const firstGrace = 300 * time.Millisecond
 
-// resolved reports whether every destination has been heard of.
+// resolved reports whether what a snapshot can do without has been heard of.
 func (st *state) resolved() bool {
+	if !st.heard.mesh {
+		return false
+	}
 	for _, d := range st.declared {
 		if r := st.answers[d.key]; r == nil || r.target.Service == "" || (!r.chain && !d.query) {
 			return false
@@ -675,6 +680,7 @@ func (st *state) snapshot() *connect.Snapshot {
 	}
 	snap := &connect.Snapshot{Proxy: st.proxy, Inbound: st.inbound, Leaf: st.leaf, Roots: st.roots}
 	notices := slices.Clone(st.notices)
+	snap.Inbound.Normalize, snap.Inbound.SanitizeXFCC = st.mesh.decode(&notices)
 	next := make(map[string]*connect.Upstream, len(st.declared))
 	for i := range st.declared {
 		d := &st.declared[i]

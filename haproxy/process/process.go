@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,6 +43,9 @@ const (
 	stable     = 30 * time.Second // a run of this length forgets earlier crashes
 	maxLogLine = 16 << 10
 )
+
+// pids in HAProxy's messages make every one of them new.
+var pids = regexp.MustCompile(`\(\d+\)`)
 
 // Process is one HAProxy in master-worker mode. Make it with New, then Run it;
 // nothing starts before Start is called.
@@ -147,7 +151,7 @@ func (p *Process) Run(ctx context.Context) error {
 		return nil
 	case reply = <-p.start:
 	}
-	backoff := minBackoff
+	backoff, served, last := minBackoff, false, ""
 	for {
 		began := time.Now()
 		c, err := p.takeOver(ctx)
@@ -156,6 +160,7 @@ func (p *Process) Run(ctx context.Context) error {
 			reply = nil
 		}
 		if err == nil {
+			served, last = true, ""
 			p.up.Store(true)
 			if p.conf.Serving != nil {
 				p.conf.Serving()
@@ -177,7 +182,20 @@ func (p *Process) Run(ctx context.Context) error {
 		if time.Since(began) > stable {
 			backoff = minBackoff
 		}
-		p.conf.Log.Error("HAProxy ended; starting it again from the files, which are current", "error", err, "in", backoff)
+		if !served {
+			// It never ran: whoever called Start knows why, and will try again.
+			select {
+			case reply = <-p.start:
+				continue
+			case <-p.drain:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+		if text := pids.ReplaceAllString(err.Error(), ""); text != last {
+			last = text
+			p.conf.Log.Error("HAProxy ended; starting it again from the files, which are current", "error", err, "in", backoff)
+		}
 		t := time.NewTimer(backoff + rand.N(backoff/4))
 		backoff = min(2*backoff, maxBackoff)
 		select {
@@ -464,7 +482,7 @@ func (p *Process) alert(s string) {
 	switch {
 	case strings.Contains(s, "Lua filter 'spiffe'"): // how a refusal is carried out
 		p.conf.Log.Debug("haproxy", "says", clean(s))
-	case strings.HasPrefix(s, "[ALERT]"):
+	case strings.HasPrefix(s, "[ALERT]") && p.first(pids.ReplaceAllString(s, "")):
 		p.conf.Log.Warn("haproxy", "says", clean(s))
 	default:
 		p.conf.Log.Debug("haproxy", "says", clean(s))

@@ -231,6 +231,7 @@ func (o *Options) global() []globalSection {
 		// Must come before lua-load, and the parser moves what it does not know to the end.
 		out = append(out, globalSection{section("global", "").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below"})
 	}
+	out = append(out, globalSection{section("global", "").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental"})
 	g := section("global", "")
 	if o.User != "" {
 		g.word("user", "user", o.User)
@@ -379,6 +380,8 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 		return b, nil
 	}
 
+	normalize(b, in.Normalize)
+
 	// A verdict is kept per connection and asked again when the policy's generation
 	// has moved. It is forgotten before it is asked, so that an agent that does not
 	// answer leaves none; then it is copied, as another stream of the connection may
@@ -398,11 +401,47 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 		return nil, err
 	}
 	// Always set, never added: a caller cannot forge who called.
-	b.add("http-request set-header X-Forwarded-Client-Cert By=%s;Hash=%%[ssl_c_der,digest(sha256),hex,lower];URI=%%[var(%s%s)]", own, sess, spoe.VarSource)
+	if in.SanitizeXFCC {
+		b.add("http-request del-header X-Forwarded-Client-Cert")
+	} else {
+		b.add("http-request set-header X-Forwarded-Client-Cert By=%s;Hash=%%[ssl_c_der,digest(sha256),hex,lower];URI=%%[var(%s%s)]", own, sess, spoe.VarSource)
+	}
 	if in.CallerHeader != "" {
 		b.add("http-request set-header %s %%[var(%s%s)]", in.CallerHeader, sess, spoe.VarService)
 	}
 	return b, nil
+}
+
+// normalize brings a request into the one form that intentions are matched against
+// and the application receives, or refuses it: otherwise /a/../secret would not be
+// /secret to a rule that names it. The order is Envoy's: backslashes and escaped
+// slashes, then unreserved characters, then dot segments, then slashes.
+func normalize(b *builder, n connect.Normalize) {
+	const escaped = "{ path -m reg -i %2f|%5c }"
+	switch n.Underscores {
+	case connect.UnderscoresReject:
+		b.add("http-request return status 400 if { req.hdr_names -m sub _ }")
+	case connect.UnderscoresDrop:
+		b.add("http-request del-header _ -m sub")
+	}
+	switch n.EscapedSlashes {
+	case connect.SlashesReject:
+		b.add("http-request return status 400 if %s", escaped)
+	case connect.SlashesRedirect:
+		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]" code 307 if %s !{ query -m found }`, escaped)
+		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]?%%[query]" code 307 if %s`, escaped)
+	case connect.SlashesForward:
+		b.add(`http-request set-path "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]" if %s`, escaped)
+	}
+	if !n.KeepPath {
+		b.add("%s", `http-request set-path "%[path,regsub(\\x5c,/,g)]" if { path -m reg \\x5c }`)
+		b.add("http-request normalize-uri percent-decode-unreserved")
+		b.add("http-request normalize-uri path-strip-dot")
+		b.add("http-request normalize-uri path-strip-dotdot full")
+	}
+	if n.MergeSlashes {
+		b.add("http-request normalize-uri path-merge-slashes")
+	}
 }
 
 // log sets the access log of a frontend.
