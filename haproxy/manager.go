@@ -70,19 +70,17 @@ const (
 
 // Status of a Manager, for people and metrics.
 type Status struct {
-	Ready       bool
-	Err         string // of the last attempt, "" when it worked
-	Stage       string // where it failed
-	Reloads     map[Reason]uint64
-	LastReload  string
-	Errors      map[string]uint64 // by stage
-	Commands    uint64
-	Drifts      uint64
-	Refused     []string
-	Running     *render.Config
-	Applied     time.Time
-	Deleting    int
-	AppliedSnap *connect.Snapshot
+	Ready      bool
+	Err        string // of the last attempt, "" when it worked
+	Stage      string // where it failed
+	Reloads    map[Reason]uint64
+	LastReload string
+	Errors     map[string]uint64 // by stage
+	Commands   uint64
+	Drifts     uint64
+	Refused    []string
+	Running    *render.Config
+	Deleting   int
 }
 
 // Manager makes HAProxy match the newest Snapshot. Make it with NewManager.
@@ -271,7 +269,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	}
 	if plan.Empty() {
 		*since = time.Time{}
-		m.done(want, snap)
+		m.done(want)
 		return 0, nil
 	}
 	if plan.Reload == "" {
@@ -280,7 +278,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 			m.broken = true
 			return 0, err
 		}
-		m.done(want, snap)
+		m.done(want)
 		return 0, nil
 	}
 	if plan.Reload != Start && m.conf.Proxy.Up() {
@@ -304,7 +302,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if err := m.reload(ctx, want, plan); err != nil {
 		return 0, err
 	}
-	m.done(want, snap)
+	m.done(want)
 	return 0, nil
 }
 
@@ -380,11 +378,10 @@ func (m *Manager) refusals(refused []*render.Refused) {
 	}
 }
 
-func (m *Manager) done(want *render.Config, snap *connect.Snapshot) {
+func (m *Manager) done(want *render.Config) {
 	m.running = want
 	m.mu.Lock()
-	m.status.Ready, m.status.Running, m.status.Applied = true, want, time.Now()
-	m.status.AppliedSnap = snap
+	m.status.Ready, m.status.Running = true, want
 	m.status.Deleting = len(m.deleting)
 	m.mu.Unlock()
 }

@@ -32,13 +32,13 @@ type Reason string
 
 // The reasons.
 const (
-	Start      Reason = "start"
-	Structure  Reason = "structure" // a listener, protocol, timeout, limit or target
-	Upstreams  Reason = "upstreams" // one was added or removed
-	RootsCA    Reason = "roots"     // on versions that cannot change them live
-	SlotsFull  Reason = "slots"     // more endpoints of HTTP upstreams than sockets
-	Repair     Reason = "repair"    // a command failed, or HAProxy had drifted
-	ShapeOther Reason = "inbound"
+	Start     Reason = "start"
+	Structure Reason = "structure" // a listener, protocol, timeout, limit or target
+	Upstreams Reason = "upstreams" // one was added or removed
+	RootsCA   Reason = "roots"     // on versions that cannot change them live
+	SlotsFull Reason = "slots"     // more endpoints of HTTP upstreams than sockets
+	Repair    Reason = "repair"    // a command failed, or HAProxy had drifted
+	Inbound   Reason = "inbound"   // the public listener or the application behind it
 )
 
 // Kind says what a command is for; the order of Kinds is the order of a Plan.
@@ -158,7 +158,7 @@ func structure(running, want *render.Config) Plan {
 	case len(changed) > 0:
 		reason := Structure
 		if slices.Contains(changed, "frontend public") || slices.Contains(changed, "backend local_app") {
-			reason = ShapeOther
+			reason = Inbound
 		}
 		return Plan{Reload: reason, Detail: list("changed", changed)}
 	case !same:

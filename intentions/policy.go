@@ -83,12 +83,12 @@ type Config struct {
 
 // Policy is the compiled form. The zero value denies everybody.
 type Policy struct {
-	conf    Config
-	valid   bool
-	rules   []rule            // by falling precedence
-	exact   map[sourceKey]int // first rule that names the source exactly
-	wild    []int             // rules with a wildcard anywhere
-	byIndex Decision          // the default
+	conf     Config
+	valid    bool
+	rules    []rule            // by falling precedence
+	exact    map[sourceKey]int // first rule that names the source exactly
+	wild     []int             // rules with a wildcard anywhere
+	fallback Decision          // the default
 }
 
 type sourceKey struct{ trustDomain, partition, namespace, name string }
@@ -119,7 +119,7 @@ func NewPolicy(c Config) *Policy {
 	if c.DefaultAllow {
 		verb = "allows"
 	}
-	p.byIndex = Decision{Allow: c.DefaultAllow, Rule: "default", Reason: "no intention matches and the default policy " + verb}
+	p.fallback = Decision{Allow: c.DefaultAllow, Rule: "default", Reason: "no intention matches and the default policy " + verb}
 
 	list := slices.Clone(c.Intentions)
 	slices.SortStableFunc(list, func(a, b Intention) int { return b.Precedence - a.Precedence })
@@ -177,15 +177,12 @@ func orDefault(s string) string {
 // Destination is the service the policy protects.
 func (p *Policy) Destination() string { return p.conf.Destination }
 
-// Config returns what the policy was made of, for printing; do not change it.
-func (p *Policy) Config() Config { return p.conf }
-
 var (
 	noPolicy  = Decision{Rule: "none", Reason: "no policy is known yet"}
 	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
 )
 
-// Match finds the rule for a caller, without looking at a request.
+// match finds the rule for a caller, without looking at a request.
 func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	if p == nil || !p.valid {
 		return -1, noPolicy
@@ -212,7 +209,7 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	if from.TrustDomain != p.conf.TrustDomain && !p.peerDomain(from.TrustDomain) {
 		return -1, foreignTD
 	}
-	return -1, p.byIndex
+	return -1, p.fallback
 }
 
 func (p *Policy) peerDomain(td string) bool {
@@ -240,7 +237,7 @@ func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
 			return Decision{Rule: perm.label, Reason: "a permission denies"}
 		}
 	}
-	d = p.byIndex
+	d = p.fallback
 	d.Reason = "no permission of the intention matches; the default policy answers"
 	return d
 }

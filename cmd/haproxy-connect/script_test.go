@@ -187,7 +187,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"http": inWorld((*world).cmdHTTP), "tcp": inWorld((*world).cmdTCP), "load": inWorld((*world).cmdLoad), "load-stop": inWorld((*world).cmdLoadStop),
 	"rotate-roots": inWorld((*world).cmdRotateRoots), "leaf-root": inWorld((*world).cmdLeafRoot), "kill-haproxy": inWorld((*world).cmdKillHAProxy),
 	"mesh-call": inWorld((*world).cmdMeshCall), "tls-server": inWorld((*world).cmdTLSServer), "received": inWorld((*world).cmdReceived), "reloads": inWorld((*world).cmdReloads),
-	"flap": inWorld((*world).cmdFlap), "churn-intentions": inWorld((*world).cmdChurn), "raw": inWorld((*world).cmdRaw), "grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
+	"flap": inWorld((*world).cmdFlap), "churn-intentions": inWorld((*world).cmdChurn), "route-times": inWorld((*world).cmdRouteTimes), "raw": inWorld((*world).cmdRaw), "grpc": inWorld((*world).cmdGRPC), "scale": inWorld((*world).cmdScale), "occupy": inWorld((*world).cmdOccupy), "free": inWorld((*world).cmdFree), "endpoints": inWorld((*world).cmdEndpoints),
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
@@ -1186,4 +1186,47 @@ func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
 	}); err != nil {
 		ts.Fatalf("%v\n%s", err, w.allLogs())
 	}
+}
+
+// route-times SERVICE URL N: from Consul's answer to a registration until a request
+// is served by it, N times; prints the distribution and judges nothing.
+func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[2])
+	ts.Check(err)
+	client := &http.Client{Timeout: 5 * time.Second}
+	status := func() int {
+		res, err := client.Get(args[1])
+		if err != nil {
+			return 0
+		}
+		defer res.Body.Close()
+		_, _ = io.Copy(io.Discard, res.Body)
+		return res.StatusCode
+	}
+	until := func(want int) {
+		if err := eventually(patience, func() error {
+			if status() != want {
+				return errors.New("not yet")
+			}
+			return nil
+		}); err != nil {
+			ts.Fatalf("%s never answers %d\n%s", args[1], want, w.allLogs())
+		}
+	}
+	var times []time.Duration
+	for range n {
+		w.cmdScale(ts, false, []string{args[0], "0"})
+		until(http.StatusServiceUnavailable)
+		w.cmdScale(ts, false, []string{args[0], "1"})
+		begun := time.Now()
+		for status() != http.StatusOK {
+			if time.Since(begun) > patience {
+				ts.Fatalf("not routed")
+			}
+			time.Sleep(200 * time.Microsecond)
+		}
+		times = append(times, time.Since(begun))
+	}
+	slices.Sort(times)
+	ts.Logf("Consul write to request served, %d times: p50 %s, p90 %s, max %s", n, times[n/2], times[n*9/10], times[n-1])
 }

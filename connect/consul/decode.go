@@ -437,8 +437,17 @@ func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) 
 		if d.dc == "" {
 			d.dc = s.Datacenter
 		}
-		if d.dc != s.Datacenter && u.MeshGateway.Mode != "" && u.MeshGateway.Mode != api.MeshGatewayModeDefault && u.MeshGateway.Mode != api.MeshGatewayModeNone {
-			n.Add(d.where, "mesh_gateway.mode", string(u.MeshGateway.Mode), "mesh gateways are not supported; instances are dialled at their WAN address")
+		gateway := u.MeshGateway.Mode
+		if gateway == api.MeshGatewayModeDefault {
+			gateway = s.Proxy.MeshGateway.Mode
+		}
+		if d.dc != s.Datacenter && gateway != api.MeshGatewayModeDefault && gateway != api.MeshGatewayModeNone {
+			n.Add(d.where, "mesh_gateway.mode", string(gateway), "mesh gateways are not supported; instances are dialled at their WAN address")
+		}
+		for key, v := range map[string]string{"destination_namespace": u.DestinationNamespace, "destination_partition": u.DestinationPartition} {
+			if v != "" && v != "default" {
+				n.Add(d.where, key, v, "an enterprise feature that is not supported; the default one is called")
+			}
 		}
 		if !d.listener(u, n) {
 			continue

@@ -36,7 +36,7 @@ func TestKeys(t *testing.T) {
 			{DestinationName: "c", LocalBindPort: 21000, LocalBindAddress: "10.0.0.1"},
 			{DestinationName: "*", LocalBindPort: 5},
 			{DestinationName: "d"},
-			{DestinationName: "a", Datacenter: "dc2", LocalBindPort: 2},
+			{DestinationName: "a", Datacenter: "dc2", LocalBindPort: 2, DestinationNamespace: "team", MeshGateway: api.MeshGatewayConfig{Mode: api.MeshGatewayModeLocal}},
 		}}}
 	var n connect.Notices
 	in := inbound(s, &n)
@@ -53,7 +53,7 @@ func TestKeys(t *testing.T) {
 	require.Equal(t, 3, *ups[0].up.Limits.MaxConnections)
 	require.Equal(t, "22s", ups[0].up.Passive.Interval.String())
 	require.Equal(t, 2, ups[0].up.Passive.MaxFailures)
-	require.Len(t, n.Sorted(), 2, "b and c clash: %v", n)
+	require.Len(t, n.Sorted(), 4, "b and c clash, a namespace and a gateway are not honoured: %v", n)
 }
 
 func TestClientOnly(t *testing.T) {

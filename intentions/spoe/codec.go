@@ -40,8 +40,6 @@ const maxFrame = 16380
 // Status codes of a DISCONNECT frame.
 const (
 	statusNormal  = 0
-	statusIO      = 1
-	statusTooBig  = 3
 	statusInvalid = 4
 )
 
