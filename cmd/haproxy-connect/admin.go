@@ -112,7 +112,7 @@ func (s *sidecar) reasons() []string {
 }
 
 func (s *sidecar) ready(w http.ResponseWriter, _ *http.Request) {
-	reasons := s.reasons()
+	reasons := append([]string{}, s.reasons()...) // [] rather than null
 	code := http.StatusOK
 	if len(reasons) > 0 {
 		code = http.StatusServiceUnavailable
