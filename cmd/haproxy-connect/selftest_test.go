@@ -21,7 +21,7 @@ func cacheDir() string {
 	}
 	base, err := os.UserCacheDir()
 	if err != nil {
-		base = "/root/.cache"
+		base = os.TempDir() // no home: nothing is cached there either
 	}
 	return filepath.Join(base, "haproxy-connect")
 }
