@@ -17,7 +17,6 @@ want node nodejs
 want patchelf patchelf
 want curl curl
 want pgrep procps
-want wrk wrk
 if [ ${#missing[@]} -gt 0 ]; then
 	say "installing ${missing[*]}"
 	sudo=
