@@ -894,11 +894,19 @@ func (w *world) cmdReloads(ts *testscript.TestScript, _ bool, args []string) {
 
 // hold NAME ADDR: opens a TCP session and keeps it. held NAME open|closed [-within D].
 func (w *world) cmdHold(ts *testscript.TestScript, _ bool, args []string) {
-	c, err := dialAny(args[1])
-	ts.Check(err)
-	w.idle[args[0]] = c
-	if err := pingOn(c); err != nil {
-		ts.Fatalf("hold %s: %v", args[0], err)
+	if err := eventually(patience, func() error {
+		c, err := dialAny(args[1])
+		if err != nil {
+			return err
+		}
+		if err := pingOn(c); err != nil {
+			c.Close()
+			return err
+		}
+		w.idle[args[0]] = c
+		return nil
+	}); err != nil {
+		ts.Fatalf("hold %s: %v\n%s", args[0], err, w.allLogs())
 	}
 }
 

@@ -194,21 +194,22 @@ func TestRestartedAgentDoesNotEmptyABackend(t *testing.T) {
 	m := newMesh(t)
 	m.run()
 	m.until("two endpoints", count(2))
+	feed := func() (one Feed) {
+		for _, f := range m.w.Feeds() {
+			if f.Name == "endpoints of db" {
+				one = f
+			}
+		}
+		return one
+	}
 	m.agent.Fail(500)
-	require.Eventually(t, func() bool { return !m.w.feeds.recovered().IsZero() }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return feed().Err != "" }, 10*time.Second, time.Millisecond)
 	m.endpoints("critical", 1, 2)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"shop","Action":"allow","Precedence":9}]}`)
 	m.agent.Fail(0)
 	s := m.until("the agent is heard again", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("shop"), nil).Allow })
 	require.True(t, count(2)(s))
-	require.Eventually(t, func() bool {
-		for _, f := range m.w.Feeds() {
-			if f.Name == "endpoints of db" {
-				return f.Err == "" && f.Errors > 0
-			}
-		}
-		return false
-	}, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return feed().Err == "" }, 10*time.Second, time.Millisecond)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"cart","Action":"allow","Precedence":9}]}`)
 	s = m.until("what came before is applied", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("cart"), nil).Allow })
 	require.True(t, count(2)(s))
