@@ -564,25 +564,6 @@ func (m *Manager) swap(ctx context.Context, kind, file string, c Command) error 
 		return nil
 	}
 	m.conf.Log.Info("the roots were replaced without a reload")
-	return m.purge(ctx)
-}
-
-// purge closes idle pooled connections, which were verified by other roots: a server
-// that goes to maintenance and back loses them, and its requests go on.
-func (m *Manager) purge(ctx context.Context) error {
-	for _, sec := range m.running.Sections {
-		for i := range sec.Servers {
-			full := strings.TrimPrefix(sec.Name, "backend ") + "/" + sec.Servers[i].Name
-			if sec.Servers[i].Slot == (render.Slot{}) {
-				continue // a tcp session has no pool
-			}
-			for _, state := range []string{"maint", "ready"} {
-				if err := m.do(ctx, "set server "+full+" state "+state, nil, ""); err != nil && !strings.Contains(err.Error(), "No such") {
-					return err
-				}
-			}
-		}
-	}
 	return nil
 }
 
