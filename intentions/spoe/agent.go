@@ -239,6 +239,20 @@ type answer struct {
 	source  string
 	valid   bool // the certificate has an identity
 	counter Counter
+	byRule  map[intentions.Decision]Counter // of its requests
+}
+
+// count counts a request's verdict; the counter is looked up once per rule.
+func (ans *answer) count(a *Agent, d intentions.Decision) {
+	c, ok := ans.byRule[d]
+	if !ok {
+		if ans.byRule == nil {
+			ans.byRule = map[intentions.Decision]Counter{}
+		}
+		c = a.counter(ans.source, d)
+		ans.byRule[d] = c
+	}
+	c.Inc()
 }
 
 // conn is the state of one connection; only its goroutine touches it.
@@ -467,7 +481,7 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	} else {
 		c.agent.report(c.epoch, ans.source, d)
 	}
-	c.agent.counter(ans.source, d).Inc()
+	ans.count(c.agent, d)
 	out = appendSetVar(out, scopeTransaction, VarRequestVerdict, verdict)
 	return appendSetVar(out, scopeTransaction, VarRequestRule, printable(d.Rule))
 }

@@ -204,6 +204,26 @@ func TestAgentAnswers(t *testing.T) {
 	require.Equal(t, 1, count, "each kind of deny is told once: %q", told)
 }
 
+type tally struct{ n int }
+
+func (c *tally) Inc() { c.n++ }
+
+// The counter of an answer is looked up once, however many questions it answers.
+func TestCountersAreLookedUpOnce(t *testing.T) {
+	looked, total := 0, &tally{}
+	a := New(Options{Count: func(string, intentions.Decision) Counter { looked++; return total }})
+	a.SetPolicy(policy("web"))
+	c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+	f, err := parseFrame(notifyRequest(1, caller(t, "l7"), "GET", "/ok", headersBin("x-key", "1"))[4:])
+	require.NoError(t, err)
+	for range 100 {
+		_, err = c.notify(nil, f)
+		require.NoError(t, err)
+	}
+	require.Equal(t, 100, total.n)
+	require.Equal(t, 2, looked, "one for the connection, one for the permission")
+}
+
 // Who connected from an address is remembered, so that a new deny finds its session.
 func TestDeniedSessions(t *testing.T) {
 	a := New(Options{})
