@@ -49,7 +49,12 @@ func EndSessions(ctx context.Context, workers []Worker, denied func(from netip.A
 //	0x55f3c8: proto=tcpv4 src=10.0.0.1:51234 fe=public be=local_app srv=app ...
 func parseSession(line string) (id string, from netip.AddrPort, waits, ok bool) {
 	fields := strings.Fields(line)
-	if len(fields) < 4 || !strings.HasPrefix(fields[0], "0x") || !strings.HasSuffix(fields[0], ":") {
+	if len(fields) < 4 {
+		return "", from, false, false
+	}
+	id, is := strings.CutSuffix(fields[0], ":")
+	// The ID becomes part of a command: nothing but a number may.
+	if digits, hex := strings.CutPrefix(id, "0x"); !is || !hex || strings.Trim(digits, "0123456789abcdef") != "" || digits == "" {
 		return "", from, false, false
 	}
 	public := false
@@ -72,5 +77,5 @@ func parseSession(line string) (id string, from netip.AddrPort, waits, ok bool) 
 			}
 		}
 	}
-	return strings.TrimSuffix(fields[0], ":"), netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), waits, public && from.IsValid()
+	return id, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), waits, public && from.IsValid()
 }
