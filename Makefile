@@ -35,12 +35,15 @@ race:
 unit:
 	go test -short ./...
 
+# Without a limit Go may spend the whole time making one input smaller.
+FUZZ = -fuzztime $(FUZZTIME) -fuzzminimizetime 1s
+
 fuzz:
-	go test ./certs -run '^$$' -fuzz FuzzParseID -fuzztime $(FUZZTIME)
-	go test ./intentions/spoe -run '^$$' -fuzz FuzzFrame -fuzztime $(FUZZTIME)
-	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine -fuzztime $(FUZZTIME)
-	go test ./haproxy -run '^$$' -fuzz FuzzParseSession -fuzztime $(FUZZTIME)
-	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration -fuzztime $(FUZZTIME)
+	go test ./certs -run '^$$' -fuzz FuzzParseID $(FUZZ)
+	go test ./intentions/spoe -run '^$$' -fuzz FuzzFrame $(FUZZ)
+	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine $(FUZZ)
+	go test ./haproxy -run '^$$' -fuzz FuzzParseSession $(FUZZ)
+	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(FUZZ)
 
 bench:
 	go test ./... -run '^$$' -bench . -benchmem

@@ -149,6 +149,19 @@ func ParseRoots(trustDomain string, pems []string) (*Roots, error) {
 	return &Roots{TrustDomain: trustDomain, PEM: all, Fingerprint: hex.EncodeToString(sum[:]), Count: len(blocks), pool: pool}, nil
 }
 
+// Includes reports whether every root of o is still one of these.
+func (r *Roots) Includes(o *Roots) bool {
+	if r.Fingerprint == o.Fingerprint {
+		return true
+	}
+	for block := range strings.SplitAfterSeq(o.PEM, "-----END CERTIFICATE-----\n") {
+		if !strings.Contains(r.PEM, block) {
+			return false
+		}
+	}
+	return true
+}
+
 // Pool is the roots for crypto/x509.
 func (r *Roots) Pool() *x509.CertPool { return r.pool }
 

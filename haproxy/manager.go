@@ -29,6 +29,9 @@ type proxy interface {
 	Up() bool
 	// Inherits: a predecessor's HAProxy still has the listeners; Start takes them over.
 	Inherits() bool
+	// Replace starts another HAProxy from the files beside the one that runs, whose
+	// sessions go on: for when its sockets are lost.
+	Replace(ctx context.Context) error
 	Do(ctx context.Context, command string, payload []byte) (string, error)
 }
 
@@ -49,6 +52,9 @@ type Config struct {
 	Inherited *render.Config
 	// SocketDir makes a directory for sockets of the worker.
 	SocketDir func(dir string) error
+	// Restore makes the run directory and what is not HAProxy's in it anew, after
+	// somebody removed it. Nil is fine.
+	Restore func() error
 	// Applied is told of each configuration that runs, before HAProxy uses a new
 	// slot of it: the Go dialer must listen first. Nil is fine.
 	Applied func(*render.Config) error
@@ -66,6 +72,7 @@ const (
 	driftEvery  = 30 * time.Second
 	command     = 10 * time.Second
 	portEvery   = 5 * time.Second
+	lookEvery   = time.Second
 )
 
 // Status of a Manager, for people and metrics.
@@ -95,6 +102,8 @@ type Manager struct {
 	// Only Run's goroutine:
 	running  *render.Config
 	broken   bool                 // runtime state is unknown: the next step is a reload
+	unsaved  bool                 // the files are older than what runs
+	damage   string               // a file or socket that is gone
 	deleting map[string]time.Time // servers that get nothing new, and since when
 	reloaded time.Time
 	lastErr  string
@@ -154,11 +163,13 @@ func (m *Manager) Run(ctx context.Context) error {
 		last     string    // the change as last seen
 		deletes  = time.NewTicker(deleteEvery)
 		drift    = time.NewTicker(driftEvery)
+		look     = time.NewTicker(lookEvery)
 		applying *connect.Snapshot
 	)
 	defer timer.Stop()
 	defer deletes.Stop()
 	defer drift.Stop()
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -168,6 +179,10 @@ func (m *Manager) Run(ctx context.Context) error {
 		case <-deletes.C:
 			m.deleteServers(ctx)
 			continue
+		case <-look.C:
+			if m.running == nil || m.damage != "" || !m.conf.Proxy.Up() || !m.damaged() {
+				continue
+			}
 		case <-drift.C:
 			if m.running == nil || m.broken || !m.conf.Proxy.Up() || !m.drifted(ctx) {
 				continue
@@ -263,23 +278,22 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 			wait = portEvery
 		}
 	}()
+	if m.damage != "" {
+		if err := m.restore(ctx); err != nil {
+			return 0, err
+		}
+	}
 	plan := NewPlan(m.running, want, m.conf.Can)
 	if plan.Reload == "" && (m.broken || !m.conf.Proxy.Up()) {
 		plan = Plan{Reload: Repair, Detail: "the state of HAProxy is not known"}
 	}
-	if plan.Empty() {
-		*since = time.Time{}
-		m.done(want)
-		return 0, nil
-	}
 	if plan.Reload == "" {
 		*since = time.Time{}
-		if err := m.live(ctx, want, plan); err != nil {
-			m.broken = true
-			return 0, err
+		if plan.Empty() && !m.unsaved {
+			m.done(want)
+			return 0, nil
 		}
-		m.done(want)
-		return 0, nil
+		return 0, m.live(ctx, want, plan)
 	}
 	if plan.Reload != Start && m.conf.Proxy.Up() {
 		// Structure: wait until it is still, so that ten changes are one reload.
@@ -388,9 +402,7 @@ func (m *Manager) done(want *render.Config) {
 
 // write puts the files of a configuration in place, all but haproxy.cfg itself.
 func (m *Manager) write(c *render.Config, old *render.Config) error {
-	put := func(name string, data []byte) error {
-		return certs.WriteFile(filepath.Join(m.conf.Dir, name), data, 0o600)
-	}
+	path := func(name string) string { return filepath.Join(m.conf.Dir, name) }
 	for class := range c.Slots {
 		if err := m.conf.SocketDir(filepath.Join(m.conf.Dir, "sock", class)); err != nil {
 			return err
@@ -400,17 +412,17 @@ func (m *Manager) write(c *render.Config, old *render.Config) error {
 		if old != nil && old.Files[name] == text {
 			continue
 		}
-		if err := put(name, []byte(text)); err != nil {
+		if err := certs.WriteTo(path(name), strings.NewReader(text), 0o600); err != nil {
 			return err
 		}
 	}
 	if old == nil || old.Roots.Fingerprint != c.Roots.Fingerprint {
-		if err := put(render.RootsFile, []byte(c.Roots.PEM)); err != nil {
+		if err := certs.WriteFile(path(render.RootsFile), []byte(c.Roots.PEM), 0o600); err != nil {
 			return err
 		}
 	}
 	if old == nil || old.Leaf.Fingerprint != c.Leaf.Fingerprint {
-		return put(render.LeafFile, c.Leaf.PEM())
+		return certs.WriteFile(path(render.LeafFile), c.Leaf.PEM(), 0o600)
 	}
 	return nil
 }
@@ -427,11 +439,11 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	defer func() {
 		// What could not be switched to must not be what a restart would read.
 		if err != nil && m.running != nil && !m.broken {
-			err = errors.Join(err, m.write(m.running, nil), certs.WriteFile(main, []byte(m.running.Text()), 0o600))
+			err = errors.Join(err, m.save(m.running, nil))
 		}
 	}()
 	candidate := filepath.Join(m.conf.Dir, "candidate.cfg")
-	if err := certs.WriteFile(candidate, []byte(want.Text()), 0o600); err != nil {
+	if err := certs.WriteTo(candidate, want, 0o600); err != nil {
 		return stage("write", tryDisk, err)
 	}
 	if err := m.conf.Proxy.Check(ctx, candidate); err != nil {
@@ -453,7 +465,7 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	if err != nil {
 		return stage("reload", "is a port taken by another process? The message names it", err)
 	}
-	m.broken = false
+	m.broken, m.unsaved = false, false
 	m.reloaded = time.Now()
 	clear(m.deleting)
 	m.conf.Log.Info("HAProxy runs a new configuration", "reason", plan.Reload, "detail", plan.Detail, "took", time.Since(begun).Round(time.Millisecond))
@@ -464,21 +476,32 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	return nil
 }
 
-// live changes HAProxy while it runs, and the files with it.
+// save puts all files of a configuration in place; old, if any, is what they have.
+func (m *Manager) save(c, old *render.Config) error {
+	if err := m.write(c, old); err != nil {
+		return err
+	}
+	return certs.WriteTo(filepath.Join(m.conf.Dir, render.MainFile), c, 0o600)
+}
+
+// live changes HAProxy while it runs, and the files with it. A disk that is full does
+// not keep an endpoint or a leaf from HAProxy: the files follow when they can.
 func (m *Manager) live(ctx context.Context, want *render.Config, plan Plan) error {
-	if err := m.write(want, m.running); err != nil {
-		return stage("write", tryDisk, err)
+	old := m.running
+	if m.unsaved {
+		old = nil
 	}
-	if err := certs.WriteFile(filepath.Join(m.conf.Dir, render.MainFile), []byte(want.Text()), 0o600); err != nil {
-		return stage("write", tryDisk, err)
-	}
+	saved := stage("write", tryDisk, m.save(want, old))
+	m.unsaved = saved != nil
 	if m.conf.Applied != nil {
 		if err := m.conf.Applied(want); err != nil {
+			m.broken = true
 			return stage("originator", "is the run directory writable?", err)
 		}
 	}
 	for _, c := range plan.Commands {
 		if err := m.command(ctx, c, want); err != nil {
+			m.broken = true
 			return stage("command", "nothing: a reload follows by itself", err)
 		}
 	}
@@ -486,6 +509,78 @@ func (m *Manager) live(ctx context.Context, want *render.Config, plan Plan) erro
 	m.status.Commands += uint64(len(plan.Commands))
 	m.mu.Unlock()
 	m.conf.Log.Debug("changed without a reload", "commands", len(plan.Commands))
+	m.done(want)
+	return saved
+}
+
+// sockets lists one of each directory of sockets that a configuration has.
+func sockets(c *render.Config) []string {
+	out := []string{render.StatsSocket, render.AdminSocket, render.AuthzSocket, render.MasterSocket}
+	for class, t := range c.Slots {
+		id := 0
+		if c.Find("frontend connect_"+class) != nil {
+			id = 1
+		} else { // the Go dialer listens on those in use
+			t.Each(func(_ string, used int) { id = used })
+		}
+		if id != 0 {
+			out = append(out, render.SlotSocket(render.Slot{Class: class, ID: id}))
+		}
+	}
+	return out
+}
+
+// missing is the first of these files that is gone, "" if none is.
+func (m *Manager) missing(names []string) string {
+	for _, name := range names {
+		if _, err := os.Lstat(filepath.Join(m.conf.Dir, name)); errors.Is(err, os.ErrNotExist) {
+			return name
+		}
+	}
+	return ""
+}
+
+// damaged looks for files and sockets that somebody removed: without them a new
+// connection of an HTTP upstream, a verdict or a command has nowhere to go.
+func (m *Manager) damaged() bool {
+	m.damage = m.missing(append(sockets(m.running), render.MainFile, render.LeafFile, render.RootsFile))
+	if m.damage != "" {
+		m.conf.Log.Warn("somebody removed a part of the run directory; restoring it", "missing", m.damage)
+	}
+	return m.damage != ""
+}
+
+// restore makes the run directory whole again. Lost sockets need another HAProxy:
+// nothing can give a listener its path back.
+func (m *Manager) restore(ctx context.Context) error {
+	const try = "can the run directory be written to? (-run-dir)"
+	lost := m.missing(sockets(m.running)) != ""
+	if m.conf.Restore != nil {
+		if err := m.conf.Restore(); err != nil {
+			return stage("restore", try, err)
+		}
+	}
+	if err := m.save(m.running, nil); err != nil {
+		return stage("restore", try, err)
+	}
+	if m.conf.Applied != nil {
+		if err := m.conf.Applied(m.running); err != nil {
+			return stage("originator", try, err)
+		}
+	}
+	if lost {
+		if err := m.conf.Proxy.Replace(ctx); err != nil {
+			return stage("restore", "is a port taken by another process? The message names it", err)
+		}
+		clear(m.deleting)
+		m.reloaded = time.Now()
+	}
+	m.conf.Log.Info("the run directory is whole again")
+	m.damage, m.unsaved = "", false
+	m.broken = m.broken && !lost
+	m.mu.Lock()
+	m.status.Drifts++
+	m.mu.Unlock()
 	return nil
 }
 

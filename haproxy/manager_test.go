@@ -7,8 +7,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,6 +28,7 @@ type fakeProxy struct {
 	mu                  sync.Mutex
 	up                  bool
 	starts, reloads     int
+	replaced            int
 	checkErr, reloadErr error
 	commands            []string
 	fail                string // commands that contain it are refused
@@ -42,6 +45,14 @@ func (f *fakeProxy) Check(context.Context, string) error {
 func (f *fakeProxy) load() {
 	b, _ := os.ReadFile(f.file)
 	f.loaded = string(b)
+	sock := filepath.Join(filepath.Dir(f.file), "sock")
+	classes, _ := filepath.Glob(sock + "/*-*")
+	for i := range classes {
+		classes[i] += "/1"
+	}
+	for _, name := range append(classes, sock+"/stats", sock+"/admin", sock+"/authz", sock+"/master") {
+		_ = os.WriteFile(name, nil, 0o600)
+	}
 }
 
 func (f *fakeProxy) Start(context.Context) error {
@@ -65,6 +76,14 @@ func (f *fakeProxy) Reload(context.Context) error {
 }
 
 func (f *fakeProxy) Inherits() bool { return false }
+
+func (f *fakeProxy) Replace(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.replaced++
+	f.load()
+	return nil
+}
 
 func (f *fakeProxy) Up() bool {
 	f.mu.Lock()
@@ -303,4 +322,137 @@ func TestLeafIsSwappedLive(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, string(b.leaf.PEM()), string(disk))
 	})
+}
+
+// Files and sockets that somebody removed come back, a full disk keeps nothing from
+// HAProxy, and the files follow when they can.
+func TestRunDirectoryIsRestored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		defer b.stop()
+		dir := filepath.Dir(b.proxy.file)
+		b.m.conf.Restore = func() error {
+			for _, sub := range []string{"tls", "maps", "sock/h1-1000"} {
+				if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		b.want("api:1")
+		synctest.Wait()
+		require.NoError(t, os.RemoveAll(filepath.Join(dir, "tls")))
+		time.Sleep(1100 * time.Millisecond)
+		synctest.Wait()
+		require.FileExists(t, filepath.Join(dir, render.LeafFile))
+		require.Zero(t, b.proxy.replaced, "the sockets are there")
+		require.NoError(t, os.RemoveAll(dir))
+		time.Sleep(1100 * time.Millisecond)
+		synctest.Wait()
+		require.Equal(t, 1, b.proxy.replaced)
+		disk, err := os.ReadFile(b.proxy.file)
+		require.NoError(t, err)
+		require.Equal(t, 1, endpointLines(string(disk)))
+		require.Equal(t, uint64(2), b.m.Status().Drifts)
+
+		// A file where a directory should be is as bad as a full disk, and works for root too.
+		require.NoError(t, os.RemoveAll(filepath.Join(dir, "maps")))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "maps"), nil, 0o600))
+		b.want("api:12")
+		synctest.Wait()
+		_, _, commands := b.proxy.counts()
+		require.Contains(t, strings.Join(commands, "\n"), "add server api.default.dc1/e2.")
+		require.Equal(t, "write", b.m.Status().Stage)
+		n := len(commands)
+		require.NoError(t, os.Remove(filepath.Join(dir, "maps")))
+		require.NoError(t, os.Mkdir(filepath.Join(dir, "maps"), 0o700))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Empty(t, b.m.Status().Stage)
+		_, reloads, commands := b.proxy.counts()
+		require.Zero(t, reloads)
+		require.Len(t, commands, n+2, "nothing is said twice, but for the search for drift")
+		disk, err = os.ReadFile(b.proxy.file)
+		require.NoError(t, err)
+		require.Equal(t, 2, endpointLines(string(disk)))
+	})
+}
+
+// BenchmarkFlip is all that one endpoint costs us, but for Consul's answer: render,
+// plan, files and commands, with a HAProxy that does nothing.
+func BenchmarkFlip(b *testing.B) {
+	for _, n := range []int{10, 100, 1000} {
+		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) { benchmarkChange(b, n, 10, 1) })
+	}
+}
+
+// BenchmarkEndpoints is one upstream that goes from nothing to 2,000 endpoints and back.
+func BenchmarkEndpoints(b *testing.B) { benchmarkChange(b, 1, 2000, 2000) }
+
+// benchmarkChange takes the last endpoints of one upstream away and gives them back.
+func benchmarkChange(b *testing.B, upstreams, endpoints, change int) {
+	ca, err := certs.NewAuthority("11111111-2222-3333-4444-555555555555.consul")
+	require.NoError(b, err)
+	leaf, err := ca.Leaf("www", 72*time.Hour)
+	require.NoError(b, err)
+	roots, err := ca.Roots()
+	require.NoError(b, err)
+	dir, err := os.MkdirTemp("/dev/shm", "hcb") // a run directory is in memory, as /run is
+	require.NoError(b, err)
+	b.Cleanup(func() { os.RemoveAll(dir) })
+	for _, sub := range []string{"tls", "maps", "sock"} {
+		require.NoError(b, os.Mkdir(filepath.Join(dir, sub), 0o700))
+	}
+	r, err := render.New(render.Options{Dir: dir})
+	require.NoError(b, err)
+	proxy := &fakeProxy{file: filepath.Join(dir, render.MainFile)}
+	m := NewManager(Config{Dir: dir, Renderer: r, Proxy: proxy, Generation: func() string { return "g" }, SocketDir: func(d string) error { return os.MkdirAll(d, 0o700) }})
+	full := &connect.Snapshot{Proxy: connect.Proxy{Service: "www", Datacenter: "dc1", TrustDomain: ca.TrustDomain}, Leaf: leaf, Roots: roots, Policy: &intentions.Policy{}}
+	for i := range upstreams {
+		name := fmt.Sprintf("u%d", i)
+		u := &connect.Upstream{Name: name, Protocol: connect.HTTP, ConnectTimeout: time.Second, IdleTimeout: time.Minute,
+			Listen: connect.Listener{SocketPath: fmt.Sprintf("/tmp/hcb-%d.sock", i), SocketMode: "600"}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{ca.ID(name)}}}
+		for j := range endpoints {
+			u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: fmt.Sprintf("e%d", j), Address: fmt.Sprintf("10.%d.%d.%d", i%250, j/250, j%250+1), Port: 20000, Weight: 1})
+		}
+		full.Upstreams = append(full.Upstreams, u)
+	}
+	first := *full.Upstreams[0]
+	first.Target.Endpoints = first.Target.Endpoints[:endpoints-change]
+	var since time.Time
+	var last string
+	step := func(s *connect.Snapshot) {
+		for {
+			wait, err := m.step(b.Context(), s, &since, &last)
+			require.NoError(b, err)
+			if wait == 0 {
+				return
+			}
+			time.Sleep(wait)
+		}
+	}
+	step(full)
+	less := *full
+	b.ReportAllocs()
+	begun := cpu()
+	for i := 0; b.Loop(); i++ {
+		if i%2 == 1 {
+			step(full)
+			continue
+		}
+		less.Upstreams = slices.Clone(full.Upstreams)
+		one := first
+		less.Upstreams[0] = &one
+		step(&less)
+		clear(m.deleting)
+	}
+	b.ReportMetric(float64(cpu()-begun)/float64(b.N)/1e6, "cpu-ms/op")
+	_, reloads, _ := proxy.counts()
+	require.LessOrEqual(b, reloads, 2, "more sockets, once, before the loop settles")
+}
+
+func cpu() time.Duration {
+	var u syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

@@ -207,32 +207,32 @@ func maps(running, want *render.Config, p *Plan) {
 		if _, ok := want.Files[render.SlotMapFile(class)]; !ok {
 			continue // the Go dialer's slots have no map
 		}
-		fresh, gone := map[int]string{}, map[int]bool{}
-		for v, id := range now.Used {
-			if next.Used[v] != id {
-				gone[id] = true
+		for i := range max(len(now.Values), len(next.Values)) {
+			was, is := value(now, i), value(next, i)
+			if was == is {
+				continue
 			}
-		}
-		for v, id := range next.Used {
-			if now.Used[v] != id {
-				fresh[id] = v
+			key := render.Slot{ID: i + 1}.Key()
+			switch {
+			case is == "":
+				p.Commands = append(p.Commands, Command{Kind: Unmap, Text: fmt.Sprintf("del map %s %s", file, key)})
+			case was == "":
+				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("add map %s %s %s", file, key, is)})
+			default:
+				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("set map %s %s %s", file, key, is)})
 			}
-		}
-		for _, id := range slices.Sorted(stdmaps.Keys(fresh)) {
-			verb := "add"
-			if gone[id] {
-				verb = "set"
-				delete(gone, id)
-			}
-			p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("%s map %s %s %s", verb, file, render.Slot{ID: id}.Key(), fresh[id])})
-		}
-		for _, id := range slices.Sorted(stdmaps.Keys(gone)) {
-			p.Commands = append(p.Commands, Command{Kind: Unmap, Text: fmt.Sprintf("del map %s %s", file, render.Slot{ID: id}.Key())})
 		}
 	}
 	if running.Generation != want.Generation && uses(want, render.PolicyMap) {
 		p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("set map %s/%s %s %s", want.Dir, render.PolicyMap, render.PolicyKey, want.Generation)})
 	}
+}
+
+func value(t *render.SlotTable, i int) string {
+	if i >= len(t.Values) {
+		return ""
+	}
+	return t.Values[i]
 }
 
 // uses reports whether the public frontend reads a map; HAProxy knows no other.

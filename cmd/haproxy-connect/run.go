@@ -41,6 +41,7 @@ type sidecar struct {
 	binary  *process.Binary
 	account process.Account
 	dir     string
+	lock    *os.File
 	client  *consul.Client
 	watcher *consul.Watcher
 	agent   *spoe.Agent
@@ -164,11 +165,10 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 	if err := process.PrepareDir(s.dir, s.account); err != nil {
 		return err
 	}
-	unlock, err := lockDir(s.dir)
-	if err != nil {
+	if s.lock, err = lockDir(s.dir); err != nil {
 		return err
 	}
-	defer unlock()
+	defer func() { s.lock.Close() }()
 
 	originator := render.Originator(s.conf.originator)
 	s.waiting("the self-test")
@@ -224,6 +224,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		Dir:       s.dir, Renderer: renderer, Proxy: s.proc, Can: haproxy.Can{CACommit: f.CACommit}, Log: s.log,
 		Generation: s.agent.Generation,
 		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
+		Restore:    func() error { return s.restoreDir(dataCtx, data) },
 	}
 	if originator == render.Go {
 		s.dial = dialer.New(s.log, s.own)
@@ -383,11 +384,11 @@ func (s *sidecar) denied(source string, d intentions.Decision) {
 func (s *sidecar) dialSlots(c *render.Config) error {
 	want := map[string]dialer.Endpoint{}
 	for class, t := range c.Slots {
-		for value, n := range t.Used {
+		t.Each(func(value string, n int) {
 			addr, ids := render.ParseSlotValue(value)
 			want[filepath.Join(s.dir, render.SlotSocket(render.Slot{Class: class, ID: n}))] = dialer.Endpoint{
 				Address: addr, IDs: ids, ALPN: render.ClassALPN(class), Timeout: render.ClassTimeout(class)}
-		}
+		})
 	}
 	return s.dial.Set(want)
 }
@@ -408,6 +409,8 @@ func (s *sidecar) listenAuthz() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
+	// The path may be another listener's by the time this one is closed.
+	ln.(*net.UnixListener).SetUnlinkOnClose(false)
 	if err := errors.Join(os.Chmod(path, 0o600), s.own(path)); err != nil {
 		ln.Close()
 		return nil, err
@@ -511,9 +514,11 @@ func (s *sidecar) accessLine(line string) {
 	s.log.Debug("haproxy", "says", line)
 }
 
+const lockFile = "lock"
+
 // lockDir keeps a second sidecar out of a run directory.
-func lockDir(dir string) (func(), error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -521,13 +526,44 @@ func lockDir(dir string) (func(), error) {
 		f.Close()
 		return nil, fmt.Errorf("-run-dir %q: another haproxy-connect runs in it", dir)
 	}
-	return func() { f.Close() }, nil
+	return f, nil
+}
+
+// restoreDir makes anew what somebody removed from the run directory: our own socket
+// and lock. What HAProxy has open of the old directory stays open.
+func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
+	if err := process.PrepareDir(s.dir, s.account); err != nil {
+		return err
+	}
+	gone := func(name string) bool {
+		_, err := os.Lstat(filepath.Join(s.dir, name))
+		return errors.Is(err, os.ErrNotExist)
+	}
+	if gone(lockFile) {
+		f, err := lockDir(s.dir)
+		if err != nil {
+			return err
+		}
+		s.lock.Close()
+		s.lock = f
+	}
+	if gone(render.AuthzSocket) {
+		ln, err := s.listenAuthz()
+		if err != nil {
+			return err
+		}
+		data.Go(func() error { return s.agent.Serve(ctx, ln) }) // beside the old one, whose connections live
+	}
+	if s.dial != nil {
+		return s.dial.Set(nil) // the manager lists its sockets again
+	}
+	return nil
 }
 
 // cleanDir removes what we wrote, and the directory if nothing else is in it.
 func (s *sidecar) cleanDir() error {
 	var err error
-	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", "lock"} {
+	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", lockFile} {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))
 	}
 	_ = os.Remove(s.dir) // not empty: somebody else's files

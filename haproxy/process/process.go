@@ -50,9 +50,10 @@ var pids = regexp.MustCompile(`\(\d+\)`)
 // Process is one HAProxy in master-worker mode. Make it with New, then Run it;
 // nothing starts before Start is called.
 type Process struct {
-	conf  Config
-	start chan chan error
-	drain chan time.Duration
+	conf    Config
+	start   chan chan error
+	replace chan chan error
+	drain   chan time.Duration
 
 	mu     sync.Mutex
 	master int // pid, 0 while there is none
@@ -69,7 +70,7 @@ func New(c Config) *Process {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Process{conf: c, start: make(chan chan error), drain: make(chan time.Duration, 1), said: map[string]time.Time{}}
+	return &Process{conf: c, start: make(chan chan error), replace: make(chan chan error), drain: make(chan time.Duration, 1), said: map[string]time.Time{}}
 }
 
 func (p *Process) masterSocket() string { return p.conf.Dir + "/sock/master" }
@@ -116,10 +117,18 @@ func (p *Process) Check(ctx context.Context, file string) error {
 
 // Start starts HAProxy and returns once a worker serves, or with the reason why
 // none does. Run must be running.
-func (p *Process) Start(ctx context.Context) error {
+func (p *Process) Start(ctx context.Context) error { return p.ask(ctx, p.start) }
+
+// Replace starts another HAProxy from the files beside the one that runs, and lets
+// that one finish what it has: for when its sockets were removed, without which
+// neither a command nor a reload reaches it. Both listen for a moment.
+func (p *Process) Replace(ctx context.Context) error { return p.ask(ctx, p.replace) }
+
+// ask has Run's goroutine do something and waits for the result.
+func (p *Process) ask(ctx context.Context, what chan chan error) error {
 	reply := make(chan error, 1)
 	select {
-	case p.start <- reply:
+	case what <- reply:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -256,6 +265,20 @@ func (p *Process) takeOver(ctx context.Context) (*child, error) {
 	return c, nil
 }
 
+// beside starts another master while one runs, then asks that one to finish. Their
+// listeners share the ports for a moment; the new one's sockets replace those by name.
+func (p *Process) beside(ctx context.Context) (*child, error) {
+	old := running(p.conf.File)
+	c, err := p.spawn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, pid := range old {
+		_ = syscall.Kill(pid, syscall.SIGUSR1)
+	}
+	return c, nil
+}
+
 type child struct {
 	cmd  *exec.Cmd
 	done chan error
@@ -276,13 +299,11 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 		return nil, err
 	}
 	p.alerts.reset()
-	old := 0 // a predecessor's worker, which also answers
-	if len(args) > 0 {
-		if old, _ = p.worker(ctx); old == 0 {
-			old, _ = p.pid(ctx, func(ctx context.Context, text string) (string, error) {
-				return runtimeapi.Socket(p.statsSocket()).Do(ctx, text, nil)
-			})
-		}
+	old, _ := p.worker(ctx) // one that is to be replaced also answers
+	if old == 0 && len(args) > 0 {
+		old, _ = p.pid(ctx, func(ctx context.Context, text string) (string, error) {
+			return runtimeapi.Socket(p.statsSocket()).Do(ctx, text, nil)
+		})
 	}
 	cmd := exec.Command(p.conf.Binary.Path, append([]string{"-W", "-S", p.masterSocket() + ",mode,600", "-f", p.conf.File}, args...)...)
 	cmd.Stdout, cmd.Stderr = outW, errW
@@ -306,7 +327,7 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 	}()
 	p.setMaster(cmd.Process.Pid)
 	if err := p.await(ctx, c.done, old, startWait); err != nil {
-		p.end(c, syscall.SIGTERM, 2*time.Second)
+		p.abandon(c)
 		return nil, fmt.Errorf("HAProxy does not start: %w", err)
 	}
 	return c, nil
@@ -398,6 +419,12 @@ func (p *Process) watch(ctx context.Context, c *child) (asked bool, err error) {
 			return false, exited(err, p.alerts.text())
 		case reply := <-p.start:
 			reply <- nil // it runs already
+		case reply := <-p.replace:
+			next, err := p.beside(ctx)
+			if err == nil {
+				c = next
+			}
+			reply <- err
 		case d := <-p.drain:
 			p.conf.Log.Info("draining HAProxy", "at_most", d)
 			p.end(c, syscall.SIGUSR1, d)
@@ -435,6 +462,22 @@ func (p *Process) end(c *child, first syscall.Signal, patience time.Duration) {
 		}
 	}
 	EndOrphans(p.conf.File, p.conf.Log)
+}
+
+// abandon ends a child that did not come to serve, with its workers and no others.
+func (p *Process) abandon(c *child) {
+	defer p.closePipes(c)
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		_ = syscall.Kill(-c.cmd.Process.Pid, sig)
+		t := time.NewTimer(2 * time.Second)
+		select {
+		case <-c.done:
+			t.Stop()
+			_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+			return
+		case <-t.C:
+		}
+	}
 }
 
 func (p *Process) closePipes(c *child) {

@@ -13,10 +13,11 @@
 package render
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"strconv"
+	"io"
 	"strings"
 	"time"
 
@@ -68,6 +69,10 @@ type Config struct {
 	Dir      string
 	// Generation of the policy: changes at run time, through a map.
 	Generation string
+	// Verified names the roots that pooled connections were verified by: when one is
+	// removed, every server of an HTTP upstream gets a new name, and the old ones go
+	// with their pools. "" at the start.
+	Verified string
 }
 
 // Section is one section of the file. Head does not contain its servers.
@@ -115,39 +120,23 @@ func (s Server) Line() string {
 	return fmt.Sprintf("server %s %s weight %d%s", s.Name, s.Address, s.Weight, s.Options)
 }
 
-// SlotTable assigns endpoints to the sockets of one class of connectors.
-type SlotTable struct {
-	Class string
-	Size  int            // sockets that exist
-	Used  map[string]int // "address|port|id|id" -> slot
-	Owner map[int]string // "id|id" of every slot that was ever used: 1 to len(Owner)
+const firstLine = "# Written by haproxy-connect from what Consul says; changes here are lost.\n"
+
+// WriteTo writes the whole haproxy.cfg.
+func (c *Config) WriteTo(w io.Writer) (int64, error) {
+	b := bufio.NewWriterSize(w, 64<<10)
+	n, _ := b.WriteString(firstLine)
+	for _, s := range c.Sections {
+		more, _ := b.WriteString(s.text) // an error stays for Flush
+		n += more
+	}
+	return int64(n), b.Flush()
 }
 
 // Text is the whole haproxy.cfg.
 func (c *Config) Text() string {
 	var b strings.Builder
-	b.WriteString("# Written by haproxy-connect from what Consul says; changes here are lost.\n")
-	for _, s := range c.Sections {
-		b.WriteString(s.text)
-	}
-	return b.String()
-}
-
-// SlotMap is the content of a class's map file.
-func (t *SlotTable) SlotMap() string {
-	byID := make([]string, t.Size+1)
-	for value, id := range t.Used {
-		byID[id] = value
-	}
-	var b strings.Builder
-	for id, value := range byID {
-		if value != "" {
-			b.WriteString(strconv.Itoa(slotID(id)))
-			b.WriteString(" ")
-			b.WriteString(value)
-			b.WriteString("\n")
-		}
-	}
+	_, _ = c.WriteTo(&b) // a Builder never fails
 	return b.String()
 }
 
@@ -169,17 +158,18 @@ func (c *Config) Find(name string) *Section {
 
 // Paths under the run directory.
 const (
-	MainFile    = "haproxy.cfg"
-	SPOEFile    = "spoe.cfg"
-	LeafFile    = "tls/leaf.pem"
-	LeafList    = "tls/leaf.list"
-	RootsFile   = "tls/roots.pem"
-	PolicyMap   = "maps/policy.map"
-	PolicyKey   = "generation"
-	StatsSocket = "sock/stats"
-	AdminSocket = "sock/admin"
-	AuthzSocket = "sock/authz"
-	slotDir     = "sock/"
+	MainFile     = "haproxy.cfg"
+	SPOEFile     = "spoe.cfg"
+	LeafFile     = "tls/leaf.pem"
+	LeafList     = "tls/leaf.list"
+	RootsFile    = "tls/roots.pem"
+	PolicyMap    = "maps/policy.map"
+	PolicyKey    = "generation"
+	StatsSocket  = "sock/stats"
+	AdminSocket  = "sock/admin"
+	AuthzSocket  = "sock/authz"
+	MasterSocket = "sock/master" // made by the process, not by the configuration
+	slotDir      = "sock/"
 )
 
 // SlotMapFile is the path of a class's map.

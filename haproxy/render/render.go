@@ -25,6 +25,8 @@ type Renderer struct {
 	cache      map[*connect.Upstream]*cached
 	made       map[string]*Section // sections by what went into them
 	connectors map[connectorKey][]*Section
+	book       *ledger // of last
+	last       *Config // nil: none that the book and the cache go with
 }
 
 type connectorKey struct {
@@ -35,9 +37,11 @@ type connectorKey struct {
 // cached is what one upstream became.
 type cached struct {
 	front, back *Section // back without its servers
+	what, lines string   // what these were made of
 	values      []string // of its endpoints' slots
 	slots       []int    // as assigned when full was made
 	full        *Section // back with its servers
+	verified    string   // Config.Verified when full was made
 }
 
 // New makes a renderer for one run directory.
@@ -131,54 +135,88 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		return nil, nil, wrong
 	}
 
-	// Upstreams: one that cannot be rendered must not take the others down.
-	slots := newSlots(prev)
+	if prev != nil {
+		c.Verified = prev.Verified
+		if prev.Roots != nil && !s.Roots.Includes(prev.Roots) {
+			c.Verified = s.Roots.Fingerprint
+		}
+	}
+	// Upstreams: one that cannot be rendered must not take the others down. What was
+	// rendered last is only worth something beside the Config it went into.
+	book, known := r.book, r.cache
+	if prev == nil || prev != r.last {
+		book, known = newLedger(prev), nil
+	}
+	r.last = nil // until all of this is through
+	var byName map[string]*cached
+	before := func(name string) *cached {
+		if byName == nil {
+			byName = make(map[string]*cached, len(r.cache))
+			for u, c := range r.cache {
+				byName[u.Name] = c
+			}
+		}
+		return byName[name]
+	}
 	next := make(map[*connect.Upstream]*cached, len(s.Upstreams))
 	for _, u := range s.Upstreams {
 		hit := r.cache[u]
 		if hit == nil {
-			front, back, e := o.upstream(u)
-			if e != nil {
+			var e error
+			if hit, e = o.upstream(u, before(u.Name)); e != nil {
 				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
 				continue
 			}
-			hit = &cached{front: front, back: back}
-			if back.class != "" {
+			if hit.back.class != "" {
 				for i := range u.Target.Endpoints {
 					hit.values = append(hit.values, slotValue(&u.Target, &u.Target.Endpoints[i]))
 				}
 			}
 		}
-		if class := hit.back.class; class != "" {
-			slots.want(class, hit.values)
+		if class := hit.back.class; class != "" && known[u] == nil {
+			book.want(class, hit.values)
 		}
 		next[u] = hit
 	}
-	slots.assign()
+	for u, old := range known {
+		if next[u] == nil && old.back.class != "" {
+			book.drop(old.back.class, old.values)
+		}
+	}
+	book.assign()
+	whole := true
 	for _, u := range s.Upstreams {
 		hit := next[u]
 		if hit == nil {
 			continue
 		}
-		if ids := slots.of(hit.back.class, hit.values); hit.full == nil || !slices.Equal(ids, hit.slots) {
-			full, e := o.servers(u, hit.back, ids)
-			if e != nil {
-				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
-				delete(next, u)
-				continue
+		if hit.full == nil || known[u] == nil || hit.verified != c.Verified {
+			ids := book.of(hit.back.class, hit.values)
+			if hit.full == nil || hit.verified != c.Verified || !slices.Equal(ids, hit.slots) {
+				full, e := o.servers(u, hit.back, ids, c.Verified)
+				if e != nil {
+					refused = append(refused, &Refused{Upstream: u.Name, Err: e})
+					delete(next, u)
+					whole = false // the book counts it, the cache does not
+					continue
+				}
+				hit.full, hit.slots, hit.verified = full, ids, c.Verified
 			}
-			hit.full, hit.slots = full, ids
 		}
 		c.Sections = append(c.Sections, hit.front, hit.full)
 	}
-	c.Slots = slots.tables
+	c.Slots = book.published()
 	connectors := map[connectorKey][]*Section{}
-	for _, class := range slices.Sorted(maps.Keys(slots.tables)) {
-		t := slots.tables[class]
+	for _, class := range slices.Sorted(maps.Keys(c.Slots)) {
+		t := c.Slots[class]
 		if o.Originator == Go {
 			continue // the dialer listens on the slots
 		}
-		c.Files[SlotMapFile(class)] = t.SlotMap()
+		if file := SlotMapFile(class); prev != nil && prev.Slots[class] == t && prev.Files[file] != "" {
+			c.Files[file] = prev.Files[file]
+		} else {
+			c.Files[file] = t.SlotMap()
+		}
 		k := connectorKey{class, t.Size}
 		if connectors[k] = r.connectors[k]; connectors[k] == nil {
 			if connectors[k], err = o.connector(t); err != nil {
@@ -187,7 +225,10 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		}
 		c.Sections = append(c.Sections, connectors[k]...)
 	}
-	r.cache, r.made, r.connectors = next, keep, connectors
+	r.cache, r.made, r.connectors, r.book = next, keep, connectors, book
+	if whole {
+		r.last = c
+	}
 	return c, refused, nil
 }
 
@@ -555,15 +596,16 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*bu
 }
 
 // upstream makes the listener and the backend of one upstream, without servers.
-func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error) {
+// before, if not nil, is what the upstream was: often only endpoints have changed.
+func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, err error) {
 	for _, n := range []struct{ what, text string }{{"upstream name", u.Name}, {"target name", u.Target.Name}} {
 		if _, err := word(n.what, n.text); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
 	for _, id := range u.Target.IDs {
 		if _, err := certs.ParseID(id.String()); err != nil {
-			return nil, nil, fmt.Errorf("expected identity: %w", err)
+			return nil, fmt.Errorf("expected identity: %w", err)
 		}
 	}
 	http := u.Protocol.IsHTTP()
@@ -589,7 +631,7 @@ func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error
 	}
 	f.add("timeout client %s", ms(max(idle, 5*u.ConnectTimeout)))
 	limit(f, u, http)
-	back0 := &Section{}
+	slots := ""
 	if http {
 		f.add("option idle-close-on-response") // or a reload would cut idle keep-alives under a request
 		f.add("http-request del-header X-Forwarded-Client-Cert")
@@ -597,26 +639,31 @@ func (o *Options) upstream(u *connect.Upstream) (front, back *Section, err error
 		b.add("retry-on conn-failure empty-response")
 		// A request that may not be repeated is not: the server may have begun it.
 		b.add("http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }")
-		back0.class = class(u)
+		slots = class(u)
 	} else {
 		b.add("balance leastconn")
 		if o.Originator == Lua {
 			guard(b, idList(u.Target.IDs))
 		} else {
-			back0.class = class(u)
+			slots = class(u)
 		}
 	}
 	f.add("default_backend %s", u.Target.Name)
 	what := fmt.Sprintf("upstream %s: %s", u.Name, u.Protocol)
-	if front, err = f.build(what + ", what the application calls"); err != nil {
-		return nil, nil, err
+	lines := strings.Join(f.lines, "\n") + "\n\n" + strings.Join(b.lines, "\n")
+	if f.err == nil && b.err == nil && before != nil && before.lines == lines && before.what == what {
+		return &cached{front: before.front, back: before.back, lines: lines, what: what}, nil
 	}
-	back, err = b.build(what + ", its endpoints")
+	front, err := f.build(what + ", what the application calls")
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	back.class = back0.class
-	return front, back, nil
+	back, err := b.build(what + ", its endpoints")
+	if err != nil {
+		return nil, err
+	}
+	back.class = slots
+	return &cached{front: front, back: back, lines: lines, what: what}, nil
 }
 
 // limit refuses what is over an upstream's limits at once, as Envoy does.
@@ -718,7 +765,7 @@ func ParseSlotValue(v string) (addr string, ids []string) {
 }
 
 // servers completes a backend's section with its endpoints.
-func (o *Options) servers(u *connect.Upstream, head *Section, ids []int) (*Section, error) {
+func (o *Options) servers(u *connect.Upstream, head *Section, ids []int, verified string) (*Section, error) {
 	sec := *head
 	sec.Servers = make([]Server, 0, len(u.Target.Endpoints))
 	for i := range u.Target.Endpoints {
@@ -753,7 +800,11 @@ func (o *Options) servers(u *connect.Upstream, head *Section, ids []int) (*Secti
 			s.Check = true
 		}
 		// A name must never stand for two things while an old server drains.
-		s.Name += "." + digest(s.Address + s.Options)[:4]
+		what := s.Address + s.Options
+		if u.Protocol.IsHTTP() {
+			what += verified
+		}
+		s.Name += "." + digest(what)[:4]
 		sec.Servers = append(sec.Servers, s)
 	}
 	sec.text = sec.assemble()

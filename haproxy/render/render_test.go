@@ -2,7 +2,9 @@ package render
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -110,19 +112,25 @@ func TestSameInputSameText(t *testing.T) {
 	require.Equal(t, mustRender(t, s, Options{}, nil).Text(), mustRender(t, s, Options{}, nil).Text())
 }
 
+func used(c *Config, class string) map[string]int {
+	out := map[string]int{}
+	c.Slots[class].Each(func(v string, id int) { out[v] = id })
+	return out
+}
+
 func TestSlotsStayWithTheirEndpoints(t *testing.T) {
 	p := newIdentity(t)
 	first := mustRender(t, p.snapshot(1, 10), Options{}, nil)
 	more := mustRender(t, p.snapshot(1, 20), Options{}, first)
-	for v, id := range first.Slots["h1-5000"].Used {
-		require.Equal(t, id, more.Slots["h1-5000"].Used[v])
+	for v, id := range used(first, "h1-5000") {
+		require.Equal(t, id, used(more, "h1-5000")[v])
 	}
 	less := mustRender(t, p.snapshot(1, 1), Options{}, more)
 	require.Equal(t, more.Slots["h1-5000"].Size, less.Slots["h1-5000"].Size, "sockets are not taken away")
 	grown := mustRender(t, p.snapshot(1, 200), Options{}, less)
 	require.GreaterOrEqual(t, grown.Slots["h1-5000"].Size, 400)
 	seen := map[int]bool{}
-	for _, id := range grown.Slots["h1-5000"].Used {
+	for _, id := range used(grown, "h1-5000") {
 		require.False(t, seen[id], "two endpoints in slot %d", id)
 		seen[id] = true
 		require.True(t, id >= 1 && id <= grown.Slots["h1-5000"].Size)
@@ -249,6 +257,86 @@ func BenchmarkRenderOneFlip(b *testing.B) {
 	}
 }
 
+// A renderer that knows what it rendered last makes what one makes that knows nothing,
+// whatever comes and goes.
+func TestRendererRemembersNothingThatMatters(t *testing.T) {
+	p := newIdentity(t)
+	random := rand.New(rand.NewPCG(1, 2))
+	full := p.snapshot(8, 12)
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(t, err)
+	var prev *Config
+	last := full
+	for step := range 300 {
+		s := *full
+		s.Upstreams = nil
+		for i, u := range full.Upstreams {
+			switch old := last.Upstreams; random.IntN(5) {
+			case 0: // gone
+			case 1, 2: // other endpoints
+				one := *u
+				one.Target.Endpoints = nil
+				for _, e := range u.Target.Endpoints {
+					if random.IntN(3) > 0 {
+						one.Target.Endpoints = append(one.Target.Endpoints, e)
+					}
+				}
+				s.Upstreams = append(s.Upstreams, &one)
+			default: // as before
+				if j := slices.IndexFunc(old, func(o *connect.Upstream) bool { return o.Name == u.Name }); j >= 0 {
+					s.Upstreams = append(s.Upstreams, old[j])
+				} else {
+					s.Upstreams = append(s.Upstreams, full.Upstreams[i])
+				}
+			}
+		}
+		if random.IntN(20) == 0 { // another trust: roots replaced
+			q := newIdentity(t)
+			s.Roots = q.roots
+			full.Roots = q.roots
+		}
+		got, refused, err := r.Render(&s, "g", prev)
+		require.NoError(t, err)
+		require.Empty(t, refused)
+		want := mustRender(t, &s, Options{}, prev)
+		require.Equal(t, want.Text(), got.Text(), "step %d", step)
+		require.Equal(t, want.Files, got.Files)
+		require.Equal(t, want.Slots, got.Slots)
+		if random.IntN(7) > 0 { // else it was refused, and what ran goes on
+			prev = got
+		}
+		last = &s
+	}
+}
+
+// When a root is removed, what it verified must not be used again: every server of an
+// HTTP upstream is another one, so that the old ones go with their pools.
+func TestRemovedRootRenamesServers(t *testing.T) {
+	p, q := newIdentity(t), newIdentity(t)
+	both, err := certs.ParseRoots(p.ca.TrustDomain, []string{p.roots.PEM, q.roots.PEM})
+	require.NoError(t, err)
+	names := func(c *Config, backend string) string {
+		out := ""
+		for _, s := range c.Find("backend " + backend).Servers {
+			out += s.Name + " "
+		}
+		return out
+	}
+	s := p.snapshot(1, 3)
+	first := mustRender(t, s, Options{}, nil)
+	s.Roots = both
+	added := mustRender(t, s, Options{}, first)
+	s.Roots = q.roots
+	removed := mustRender(t, s, Options{}, added)
+	again := mustRender(t, s, Options{}, removed)
+	http, tcp := s.Upstreams[0].Target.Name, s.Upstreams[1].Target.Name
+	require.Equal(t, names(first, http), names(added, http))
+	require.NotEqual(t, names(added, http), names(removed, http))
+	require.Equal(t, names(removed, http), names(again, http))
+	require.Equal(t, names(first, tcp), names(again, tcp), "a tcp upstream pools nothing")
+	require.Equal(t, first.Slots, again.Slots)
+}
+
 // What a replaced worker means by a slot must never become another service.
 func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 	p := newIdentity(t)
@@ -259,7 +347,7 @@ func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 	third := mustRender(t, p.snapshot(1, 10), Options{}, second)
 	owner := map[int]string{}
 	for _, c := range []*Config{first, second, third} {
-		for v, id := range c.Slots["h1-5000"].Used {
+		for v, id := range used(c, "h1-5000") {
 			who := identities(v)
 			require.NotEmpty(t, who)
 			if owner[id] == "" {
@@ -268,12 +356,12 @@ func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 			require.Equal(t, owner[id], who, "slot %d", id)
 		}
 	}
-	require.Equal(t, first.Slots["h1-5000"].Used, third.Slots["h1-5000"].Used, "its own free slots are used again")
+	require.Equal(t, used(first, "h1-5000"), used(third, "h1-5000"), "its own free slots are used again")
 	back := Slots(map[string]string{"h1-5000": second.Files[SlotMapFile("h1-5000")]})
-	require.Equal(t, second.Slots["h1-5000"].Used, back.Slots["h1-5000"].Used)
+	require.Equal(t, used(second, "h1-5000"), used(back, "h1-5000"))
 	fourth := mustRender(t, p.snapshot(1, 10), Options{}, back)
-	for v, id := range fourth.Slots["h1-5000"].Used {
+	for v, id := range used(fourth, "h1-5000") {
 		require.Greater(t, id, 30, v)
 	}
-	require.Empty(t, Slots(map[string]string{"x": "junk\n1 2\n-5 x\n"}).Slots["x"].Used)
+	require.Empty(t, Slots(map[string]string{"x": "junk\n1 2\n-5 x\n"}).Slots["x"].Values)
 }

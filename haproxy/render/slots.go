@@ -12,117 +12,188 @@ import (
 // rolling replacement of all of them needs none.
 const minSlots = 256
 
-// slots assigns endpoints to sockets; endpoints that stay keep theirs.
-type slots struct {
-	prev   map[string]*SlotTable
-	wanted map[string]map[string]bool
-	tables map[string]*SlotTable
+// SlotTable assigns endpoints to the sockets of one class of connectors. Slots count
+// from 1: slot n is Values[n-1]. Treat as read-only.
+//
+// A slot belongs for ever to the identities it was first given to: a worker that is
+// being replaced still sends by its own idea of a slot, and what it means for one
+// service must never arrive at another.
+type SlotTable struct {
+	Class  string
+	Size   int      // sockets that exist
+	Values []string // "address|port|id|id" of the endpoint in each slot, "" in a free one
+	Owners []string // "id|id" of every slot that was ever used
+	used   int
 }
 
-func newSlots(prev *Config) *slots {
-	s := &slots{wanted: map[string]map[string]bool{}, tables: map[string]*SlotTable{}}
-	if prev != nil {
-		s.prev = prev.Slots
+// Each visits the slots in use.
+func (t *SlotTable) Each(do func(value string, id int)) {
+	for i, v := range t.Values {
+		if v != "" {
+			do(v, i+1)
+		}
 	}
-	return s
 }
 
-// class makes the connectors of a class exist, also while it has no endpoint:
-// the first one must not need a reload.
-func (s *slots) class(name string) {
-	if s.wanted[name] == nil {
-		s.wanted[name] = map[string]bool{}
+// SlotMap is the content of a class's map file.
+func (t *SlotTable) SlotMap() string {
+	size := 0
+	t.Each(func(v string, _ int) { size += len(v) + 12 })
+	var b strings.Builder
+	b.Grow(size)
+	var number [20]byte
+	t.Each(func(v string, id int) {
+		b.Write(strconv.AppendInt(number[:0], int64(slotID(id)), 10))
+		b.WriteByte(' ')
+		b.WriteString(v)
+		b.WriteByte('\n')
+	})
+	return b.String()
+}
+
+// ledger counts who wants which slot, so that a change costs what changed. It goes
+// with the one Config that was rendered last.
+type ledger struct {
+	tables  map[string]*SlotTable
+	refs    map[string]map[string]*ref // by class and value
+	changed map[string][]string        // values, by class
+}
+
+// ref is one value: how many upstreams have it, and its slot, 0 while it has none.
+type ref struct{ wanted, id int }
+
+// newLedger begins with the slots of prev, which nobody wants yet.
+func newLedger(prev *Config) *ledger {
+	l := &ledger{tables: map[string]*SlotTable{}, refs: map[string]map[string]*ref{}, changed: map[string][]string{}}
+	if prev == nil {
+		return l
 	}
+	for class, t := range prev.Slots {
+		l.tables[class] = t
+		refs := make(map[string]*ref, t.used)
+		t.Each(func(v string, id int) {
+			refs[v] = &ref{id: id}
+			l.changed[class] = append(l.changed[class], v)
+		})
+		l.refs[class] = refs
+	}
+	return l
 }
 
-func (s *slots) want(class string, values []string) {
-	s.class(class)
+// want counts an upstream's values in. The class comes to exist, also while it has
+// no endpoint: the first one must not need a reload.
+func (l *ledger) want(class string, values []string) {
+	refs := l.refs[class]
+	if refs == nil {
+		refs = map[string]*ref{}
+		l.refs[class] = refs
+		l.tables[class] = &SlotTable{Class: class, Size: minSlots}
+	}
 	for _, v := range values {
-		s.wanted[class][v] = true
+		r := refs[v]
+		if r == nil {
+			r = &ref{}
+			refs[v] = r
+			l.changed[class] = append(l.changed[class], v)
+		}
+		r.wanted++
+	}
+}
+
+// drop counts them out.
+func (l *ledger) drop(class string, values []string) {
+	for _, v := range values {
+		if r := l.refs[class][v]; r != nil {
+			r.wanted--
+			l.changed[class] = append(l.changed[class], v)
+		}
 	}
 }
 
 // of looks up what assign gave.
-func (s *slots) of(class string, values []string) []int {
+func (l *ledger) of(class string, values []string) []int {
 	if class == "" || len(values) == 0 {
 		return nil
 	}
 	out := make([]int, len(values))
 	for i, v := range values {
-		out[i] = s.tables[class].Used[v]
+		if r := l.refs[class][v]; r != nil {
+			out[i] = r.id
+		}
 	}
 	return out
 }
 
-func (s *slots) assign() {
-	for class := range s.prev { // a class that became empty keeps its sockets
-		s.class(class)
-	}
-	for class, values := range s.wanted {
-		s.tables[class] = assign(class, values, s.prev[class])
-	}
-}
-
-// assign gives every value a slot; a table that stays the same is the same pointer.
-//
-// A slot belongs for ever to the identities it was first given to: a worker that is
-// being replaced still sends by its own idea of a slot, and what it means for one
-// service must never arrive at another.
-func assign(class string, values map[string]bool, prev *SlotTable) *SlotTable {
-	t := &SlotTable{Class: class, Size: minSlots, Used: make(map[string]int, len(values)), Owner: map[int]string{}}
-	var fresh []string
-	if prev == nil {
-		fresh = slices.Collect(maps.Keys(values))
-	} else {
-		t.Size, t.Owner = prev.Size, prev.Owner
-		for v := range values {
-			if id := prev.Used[v]; id != 0 {
-				t.Used[v] = id
-			} else {
+// assign gives every wanted value a slot and takes it from the others. A table that
+// stays the same is the same pointer.
+func (l *ledger) assign() {
+	for class, values := range l.changed {
+		delete(l.changed, class)
+		refs := l.refs[class]
+		var fresh []string
+		var gone []int
+		for _, v := range values {
+			switch r := refs[v]; {
+			case r == nil: // named twice
+			case r.wanted <= 0:
+				delete(refs, v)
+				if r.id != 0 {
+					gone = append(gone, r.id)
+				}
+			case r.id == 0:
 				fresh = append(fresh, v)
 			}
 		}
-		if len(fresh) == 0 && len(t.Used) == len(prev.Used) {
-			return prev
+		if len(fresh)+len(gone) == 0 {
+			continue
 		}
+		old := l.tables[class]
+		slices.Sort(fresh)
+		fresh = slices.Compact(fresh) // one that came, went and came again is named twice
+		t := &SlotTable{Class: class, Size: old.Size, Values: slices.Clone(old.Values), Owners: old.Owners, used: old.used + len(fresh) - len(gone)}
+		t.give(fresh, refs)
+		for _, id := range gone { // only now: connections that are being made still mean the old endpoint
+			t.Values[id-1] = ""
+		}
+		for t.Size < 2*t.used || t.Size < len(t.Owners) {
+			t.Size *= 2
+		}
+		l.tables[class] = t
 	}
-	if len(fresh) > 0 {
-		t.Owner = maps.Clone(t.Owner)
-		t.give(fresh, prev)
-	}
-	for t.Size < 2*len(t.Used) || t.Size < len(t.Owner) {
-		t.Size *= 2
-	}
-	return t
 }
 
 // give finds a slot for each value: a free one of the same identities, else a new one.
-// A slot just left is not given away in the same step: connections that are being
-// made still mean its old endpoint.
-func (t *SlotTable) give(fresh []string, prev *SlotTable) {
-	slices.Sort(fresh)
-	busy := map[int]bool{}
-	if prev != nil {
-		for _, id := range prev.Used {
-			busy[id] = true
-		}
+func (t *SlotTable) give(fresh []string, refs map[string]*ref) {
+	if len(fresh) == 0 {
+		return
 	}
 	free := map[string][]int{}
-	for _, id := range slices.Sorted(maps.Keys(t.Owner)) {
-		if !busy[id] {
-			free[t.Owner[id]] = append(free[t.Owner[id]], id)
+	for _, v := range fresh {
+		free[identities(v)] = nil
+	}
+	for i, owner := range t.Owners {
+		if t.Values[i] == "" {
+			if list, asked := free[owner]; asked {
+				free[owner] = append(list, i+1)
+			}
 		}
 	}
+	t.Owners = slices.Clone(t.Owners)
 	for _, v := range fresh {
-		ids := identities(v)
-		id := len(t.Owner) + 1 // owned slots are 1 to len(Owner)
-		if list := free[ids]; len(list) > 0 {
-			id, free[ids] = list[0], list[1:]
+		owner := identities(v)
+		id := len(t.Owners) + 1
+		if list := free[owner]; len(list) > 0 {
+			id, free[owner] = list[0], list[1:]
+		} else {
+			t.Owners, t.Values = append(t.Owners, owner), append(t.Values, "")
 		}
-		t.Owner[id] = ids
-		t.Used[v] = id
+		t.Values[id-1] = v
+		refs[v].id = id
 	}
 }
+
+// published is the tables as they are now.
+func (l *ledger) published() map[string]*SlotTable { return maps.Clone(l.tables) }
 
 // identities is the part of a slot's value after the address.
 func identities(v string) string {
@@ -132,27 +203,27 @@ func identities(v string) string {
 }
 
 // Slots reads back what SlotMap wrote: the assignments of a HAProxy that still runs
-// while a new sidecar takes over. What cannot be read is not assigned.
+// while a new sidecar takes over. What cannot be read is not assigned; a gap may mean
+// something to the old worker and is given to nobody.
 func Slots(maps map[string]string) *Config {
 	c := &Config{Slots: map[string]*SlotTable{}}
 	for class, text := range maps {
-		t := &SlotTable{Class: class, Size: minSlots, Used: map[string]int{}, Owner: map[int]string{}}
-		most := 0
+		t := &SlotTable{Class: class, Size: minSlots}
 		for line := range strings.Lines(text) {
 			key, value, ok := strings.Cut(strings.TrimSpace(line), " ")
 			id, err := strconv.Atoi(key)
 			if id -= slotID(0); !ok || err != nil || id < 1 || id > 1<<20 {
 				continue
 			}
-			t.Used[value], t.Owner[id] = id, identities(value)
-			most = max(most, id)
-		}
-		for id := 1; id <= most; id++ { // the gaps may mean something to the old worker
-			if _, ok := t.Owner[id]; !ok {
-				t.Owner[id] = "unknown"
+			for len(t.Owners) < id {
+				t.Owners, t.Values = append(t.Owners, "unknown"), append(t.Values, "")
 			}
+			if t.Values[id-1] == "" {
+				t.used++
+			}
+			t.Values[id-1], t.Owners[id-1] = value, identities(value)
 		}
-		for t.Size < 2*len(t.Used) || t.Size < most {
+		for t.Size < 2*t.used || t.Size < len(t.Owners) {
 			t.Size *= 2
 		}
 		c.Slots[class] = t
