@@ -38,6 +38,7 @@ const (
 	startWait  = 60 * time.Second
 	reloadWait = 60 * time.Second
 	pollEvery  = 4 * time.Millisecond
+	askAgain   = 250 * time.Millisecond
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = 15 * time.Second
 	stable     = 30 * time.Second // a run of this length forgets earlier crashes
@@ -299,7 +300,9 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 		return nil, err
 	}
 	p.alerts.reset()
-	old, _ := p.worker(ctx) // one that is to be replaced also answers
+	once, cancel := context.WithTimeout(ctx, askAgain)
+	defer cancel()
+	old, _ := p.worker(once) // one that is to be replaced also answers
 	if old == 0 && len(args) > 0 {
 		old, _ = p.pid(ctx, func(ctx context.Context, text string) (string, error) {
 			return runtimeapi.Socket(p.statsSocket()).Do(ctx, text, nil)
@@ -346,7 +349,11 @@ func (p *Process) await(ctx context.Context, died <-chan error, old int, limit t
 	t := time.NewTicker(pollEvery)
 	defer t.Stop()
 	for {
-		if pid, err := p.worker(ctx); err == nil && pid != 0 && pid != old {
+		// A master that has no worker yet may keep a command for ever: ask again.
+		once, cancel := context.WithTimeout(ctx, askAgain)
+		pid, err := p.worker(once)
+		cancel()
+		if err == nil && pid != 0 && pid != old {
 			return nil
 		}
 		select {

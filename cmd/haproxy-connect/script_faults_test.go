@@ -1,0 +1,282 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// between is an HTTP proxy before Consul's agent that a script can make misbehave.
+type between struct {
+	addr string
+	mu   sync.Mutex
+	mode string
+	cut  chan struct{} // closed when the mode changes: what waits is ended
+	seen atomic.Int64
+}
+
+// between: starts it; $BETWEEN is its address.
+func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	w.env.Defer(func() { ln.Close() })
+	b := &between{addr: ln.Addr().String(), cut: make(chan struct{})}
+	w.between = b
+	ts.Setenv("BETWEEN", b.addr)
+	target := w.httpAt
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: "http", Host: target})
+			r.Out.Header.Del("Accept-Encoding")
+		},
+		FlushInterval: -1,
+		ErrorHandler:  func(rw http.ResponseWriter, _ *http.Request, _ error) { http.Error(rw, "cut", http.StatusBadGateway) },
+		ModifyResponse: func(res *http.Response) error {
+			if mode, _ := b.now(); mode == "oldroot" && res.Request.URL.Path == "/v1/agent/connect/ca/roots" {
+				return onlyActive(res)
+			}
+			return nil
+		},
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		mode, cut := b.now()
+		if status, err := strconv.Atoi(mode); err == nil {
+			http.Error(rw, "as told", status)
+			return
+		}
+		if mode == "half" && b.seen.Add(1)%2 == 0 {
+			http.Error(rw, "half of them", http.StatusInternalServerError)
+			return
+		}
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		go func() {
+			select {
+			case <-cut:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+		proxy.ServeHTTP(rw, r.WithContext(ctx))
+	})}
+	go func() { _ = srv.Serve(ln) }()
+}
+
+func (b *between) now() (string, chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.mode, b.cut
+}
+
+// fault none|STATUS|half|oldroot: every request gets this status, or every second one
+// fails, or inactive roots are left out of the list. What waits is ended.
+func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
+	b := w.between
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mode = args[0]
+	close(b.cut)
+	b.cut = make(chan struct{})
+}
+
+// onlyActive leaves inactive roots out of an answer.
+func onlyActive(res *http.Response) error {
+	var list map[string]any
+	if err := json.NewDecoder(res.Body).Decode(&list); err != nil {
+		return err
+	}
+	res.Body.Close()
+	roots, _ := list["Roots"].([]any)
+	list["Roots"] = slices.DeleteFunc(roots, func(r any) bool { return r.(map[string]any)["Active"] != true })
+	out, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	res.Body, res.ContentLength = io.NopCloser(bytes.NewReader(out)), int64(len(out))
+	res.Header.Set("Content-Length", strconv.Itoa(len(out)))
+	return nil
+}
+
+// said NAME COUNT REGEXP: the sidecar has said so at least so often, sooner or later.
+func (w *world) cmdSaid(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	re, err := regexp.Compile(args[2])
+	ts.Check(err)
+	got := 0
+	if err := eventually(8*patience, func() error {
+		if got = len(re.FindAllString(w.logs[args[0]].String(), -1)); got < want {
+			return errors.New("not yet")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("%s says %q %d times, want %d:\n%s", args[0], args[2], got, want, w.logs[args[0]])
+	}
+}
+
+// servers ADMIN keep|same|changed: remembers the names of HAProxy's servers, or
+// compares them with those remembered.
+func (w *world) cmdServers(ts *testscript.TestScript, _ bool, args []string) {
+	var got string
+	err := eventually(patience, func() error {
+		res, err := http.Get("http://" + args[0] + "/metrics?no-maint")
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		b, _ := io.ReadAll(res.Body)
+		got = fmt.Sprint(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} `).FindAllString(string(b), -1))
+		if args[1] == "keep" {
+			w.servers[args[0]] = got
+		} else if (got == w.servers[args[0]]) != (args[1] == "same") {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("servers %s before, %s now: want %s\n%s", w.servers[args[0]], got, args[1], w.allLogs())
+	}
+}
+
+// consul-client: a client agent beside the server, on the same machine; from here on
+// scripts and sidecars talk to it.
+func (w *world) cmdConsulClient(ts *testscript.TestScript, _ bool, _ []string) {
+	var p [2]int
+	for i := range p {
+		var err error
+		p[i], err = freePort()
+		ts.Check(err)
+	}
+	conf := fmt.Sprintf(`data_dir = %q
+bind_addr = "127.0.0.1"
+log_level = "warn"
+retry_join = ["127.0.0.1:%d"]
+retry_interval = "1s"
+acl { enabled = true, default_policy = %q, tokens { agent = "mastertoken", default = "mastertoken" } }
+ports { http = %d, serf_lan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
+`, filepath.Join(w.dir, "client"), w.serf, w.policy, p[0], p[1])
+	file := filepath.Join(w.dir, "client.hcl")
+	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
+	cmd := exec.Command(w.consul, "agent", "-config-file", file, "-node", "node2")
+	out := &logBuffer{}
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	ts.Check(cmd.Start())
+	w.env.Defer(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	w.httpAt = fmt.Sprintf("127.0.0.1:%d", p[0])
+	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
+	if err := eventually(3*patience, func() error {
+		_, err := w.call(http.MethodGet, "/v1/agent/connect/ca/roots", nil)
+		return err
+	}); err != nil {
+		ts.Fatalf("the client agent does not start: %v\n%s", err, out)
+	}
+}
+
+// token NAME SERVICE: an ACL token of this service; $NAME is its secret. token-revoke
+// and token-restore NAME take it away and give the same one back.
+func (w *world) cmdToken(ts *testscript.TestScript, _ bool, args []string) {
+	digits := fmt.Sprintf("%012x", time.Now().UnixNano()&0xffffffffffff)
+	secret, accessor := "aaaaaaaa-0000-4000-8000-"+digits, "bbbbbbbb-0000-4000-8000-"+digits
+	w.tokens[args[0]] = [2]string{accessor, fmt.Sprintf(`{"AccessorID":%q,"SecretID":%q,"ServiceIdentities":[{"ServiceName":%q}]}`, accessor, secret, args[1])}
+	ts.Setenv(args[0], secret)
+	w.cmdTokenRestore(ts, false, args)
+}
+
+func (w *world) cmdTokenRestore(ts *testscript.TestScript, _ bool, args []string) {
+	_, err := w.call(http.MethodPut, "/v1/acl/token", []byte(w.tokens[args[0]][1]))
+	ts.Check(err)
+}
+
+func (w *world) cmdTokenRevoke(ts *testscript.TestScript, _ bool, args []string) {
+	_, err := w.call(http.MethodDelete, "/v1/acl/token/"+w.tokens[args[0]][0], nil)
+	ts.Check(err)
+}
+
+// cut NAME MIN MAX: the held session, used all the while, ends so long after this
+// line: no sooner, no later.
+func (w *world) cmdCut(ts *testscript.TestScript, _ bool, args []string) {
+	least, err := time.ParseDuration(args[1])
+	ts.Check(err)
+	most, err := time.ParseDuration(args[2])
+	ts.Check(err)
+	begun := time.Now()
+	for pingOn(w.idle[args[0]]) == nil {
+		if time.Since(begun) > most {
+			ts.Fatalf("the session %s still lives after %s\n%s", args[0], most, w.allLogs())
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if took := time.Since(begun); took < least {
+		ts.Fatalf("the session %s was cut after %s, not before %s\n%s", args[0], took, least, w.allLogs())
+	}
+}
+
+// apply-time ADMIN COUNT: how long after this line HAProxy has so many endpoints.
+func (w *world) cmdApplyTime(ts *testscript.TestScript, _ bool, args []string) {
+	begun := time.Now()
+	w.cmdEndpoints(ts, false, args)
+	fmt.Printf("measured: HAProxy %s: %s endpoints, the last served %s after Consul took it\n", w.version, args[1], time.Since(begun).Round(time.Millisecond))
+}
+
+// small-disk DIR: a file system of 3 MB; full DIR fills it to the last byte.
+func (w *world) cmdSmallDisk(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(os.MkdirAll(args[0], 0o755))
+	ts.Check(syscall.Mount("tmpfs", args[0], "tmpfs", 0, "size=3m,mode=0755"))
+	w.env.Defer(func() { _ = syscall.Unmount(args[0], syscall.MNT_DETACH) })
+}
+
+func (w *world) cmdFull(ts *testscript.TestScript, _ bool, args []string) {
+	f, err := os.Create(filepath.Join(args[0], "filler"))
+	ts.Check(err)
+	defer f.Close()
+	for size := 1 << 20; size > 0; {
+		if _, err := f.Write(make([]byte, size)); err != nil {
+			size /= 2
+		}
+	}
+}
+
+// status ADMIN REGEXP: /status.json says so, sooner or later; "! status": no more.
+func (w *world) cmdStatusSays(ts *testscript.TestScript, neg bool, args []string) {
+	re := regexp.MustCompile(args[1])
+	last := ""
+	if err := eventually(2*patience, func() error {
+		res, err := http.Get("http://" + args[0] + "/status.json")
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		b, _ := io.ReadAll(res.Body)
+		last = string(b)
+		if re.Match(b) == neg {
+			return errors.New("not yet")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("status of %s: want %s (not: %v):\n%s\n%s", args[0], args[1], neg, last, strings.TrimSpace(w.allLogs()))
+	}
+}
