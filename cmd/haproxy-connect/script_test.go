@@ -57,6 +57,7 @@ func TestMeasure(t *testing.T) {
 			testscript.Run(t, testscript.Params{
 				Dir:   filepath.Join("..", "..", "testdata", "measure"),
 				Setup: func(e *testscript.Env) error { return newWorld(e, consul, path, version) }, Cmds: worldCommands, RequireUniqueNames: true,
+				Condition: func(cond string) (bool, error) { return cond == "v"+version, nil },
 			})
 		})
 	}

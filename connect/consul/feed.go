@@ -18,12 +18,16 @@ const (
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 30 * time.Second
 	minPause   = 20 * time.Millisecond // between answers of one watch, after a burst of two
+	// Every answer lists every instance: while thousands are replaced, reading all of
+	// them again for each would cost the agent and us more than the traffic does.
+	pauseEach = 100 * time.Microsecond
 )
 
 // cursor is where a blocking query goes on.
 type cursor struct {
 	index uint64
 	hash  string
+	pause time.Duration // between answers, if more than minPause
 }
 
 // options asks for what is newer than the cursor.
@@ -172,7 +176,7 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 		}
 		if err != nil {
 			w.feeds.failed(name, err)
-			cur = cursor{}
+			cur = cursor{pause: cur.pause}
 			if !pause(ctx, jitter(backoff)) {
 				return
 			}
@@ -191,7 +195,7 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 		last = time.Now()
 		if burst > 0 {
 			burst--
-		} else if !pause(ctx, minPause) {
+		} else if !pause(ctx, max(minPause, cur.pause)) {
 			return
 		}
 	}

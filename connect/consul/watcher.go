@@ -505,6 +505,7 @@ func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 			return nil, err
 		}
 		c.advance(meta)
+		c.pause = time.Duration(len(list)) * pauseEach
 		return func(st *state) {
 			// The trust domain is filled in when a snapshot is made: the roots may
 			// arrive later than this.
