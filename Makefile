@@ -41,6 +41,7 @@ FUZZ = -fuzztime $(FUZZTIME) -fuzzminimizetime 1s
 fuzz:
 	go test ./certs -run '^$$' -fuzz FuzzParseID $(FUZZ)
 	go test ./intentions/spoe -run '^$$' -fuzz FuzzFrame $(FUZZ)
+	go test ./intentions/jwt -run '^$$' -fuzz FuzzToken $(FUZZ)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine $(FUZZ)
 	go test ./haproxy -run '^$$' -fuzz FuzzParseSession $(FUZZ)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(FUZZ)

@@ -3,6 +3,7 @@ module github.com/haproxy-connect/haproxy-connect
 go 1.26.0
 
 require (
+	github.com/go-jose/go-jose/v4 v4.1.4
 	github.com/haproxytech/config-parser/v5 v5.1.6
 	github.com/hashicorp/consul/api v1.32.0
 	github.com/hashicorp/go-multierror v1.1.1

@@ -30,6 +30,7 @@ type Intention struct {
 	Source      Source
 	Allow       bool // when there are no permissions
 	Permissions []Permission
+	Tokens      []Requirement // one of them must be met, whatever else matches
 	Precedence  int
 	Unsupported string // why it can only deny here, "" for the usual case
 }
@@ -58,6 +59,7 @@ type Permission struct {
 	PathExact, PathPrefix, PathRegex string
 	Methods                          []string
 	Headers                          []HeaderMatch
+	Tokens                           []Requirement // one of them must be met, or a match denies
 	regex                            *regexp.Regexp
 	label                            string
 }
@@ -68,6 +70,7 @@ type HeaderMatch struct {
 	Present                                bool
 	Exact, Prefix, Suffix, Contains, Regex string
 	Invert, IgnoreCase                     bool
+	label                                  string // "header x-y"
 	regex                                  *regexp.Regexp
 }
 
@@ -76,7 +79,8 @@ type Config struct {
 	Destination  string            // our service's name
 	TrustDomain  string            // our own; callers of any other are denied
 	Peers        map[string]string // peer name -> its trust domain
-	HTTP         bool              // false: an intention with permissions denies
+	HTTP         bool              // false: an intention with permissions or tokens denies
+	Providers    []*Provider       // that exist
 	DefaultAllow bool
 	Intentions   []Intention
 }
@@ -89,6 +93,8 @@ type Policy struct {
 	exact    map[sourceKey]int // first rule that names the source exactly
 	wild     []int             // rules with a wildcard anywhere
 	fallback Decision          // the default
+
+	providers []*Provider // that the rules name
 }
 
 type sourceKey struct{ trustDomain, partition, namespace, name string }
@@ -96,7 +102,8 @@ type sourceKey struct{ trustDomain, partition, namespace, name string }
 type rule struct {
 	Intention
 	trustDomain string
-	decision    Decision
+	decision    Decision // for a connection
+	final       Decision // for a request, without permissions
 }
 
 // Decision answers one question.
@@ -138,6 +145,8 @@ func NewPolicy(c Config) *Policy {
 			r.decision = Decision{Rule: name, Reason: "intention " + name + ": " + in.Unsupported}
 		case len(in.Permissions) > 0 && !c.HTTP:
 			r.decision = Decision{Rule: name, Reason: "intention " + name + " has L7 permissions, but the service speaks tcp"}
+		case len(in.Tokens) > 0 && !c.HTTP:
+			r.decision = Decision{Rule: name, Reason: "intention " + name + " requires a JSON Web Token, but the service speaks tcp"}
 		case len(in.Permissions) > 0:
 			r.decision = Decision{PerRequest: true, Rule: name, Reason: "intention " + name + " decides per request"}
 			r.Permissions = slices.Clone(in.Permissions)
@@ -146,11 +155,16 @@ func NewPolicy(c Config) *Policy {
 					r.decision = Decision{Rule: name, Reason: "intention " + name + ": " + err.Error()}
 					break
 				}
+				r.Permissions[i].Tokens = p.needs(r.Permissions[i].Tokens)
 			}
 		case in.Allow:
 			r.decision = Decision{Allow: true, Rule: name, Reason: "intention " + name + " allows"}
 		default:
 			r.decision = Decision{Rule: name, Reason: "intention " + name + " denies"}
+		}
+		r.Tokens = p.needs(r.Tokens)
+		if r.final = r.decision; len(r.Tokens) > 0 && !r.decision.PerRequest && r.decision.Allow {
+			r.decision = Decision{PerRequest: true, Rule: name, Reason: "intention " + name + " decides per request"}
 		}
 		at := len(p.rules)
 		p.rules = append(p.rules, r)
@@ -164,6 +178,7 @@ func NewPolicy(c Config) *Policy {
 			p.exact[k] = at
 		}
 	}
+	slices.SortFunc(p.providers, func(a, b *Provider) int { return strings.Compare(a.Name, b.Name) })
 	return p
 }
 
@@ -228,18 +243,54 @@ func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
 	if !d.PerRequest || req == nil {
 		return d
 	}
-	for i := range p.rules[at].Permissions {
-		perm := &p.rules[at].Permissions[i]
-		if perm.matches(req) {
-			if perm.Allow {
-				return Decision{Allow: true, Rule: perm.label, Reason: "a permission allows"}
-			}
-			return Decision{Rule: perm.label, Reason: "a permission denies"}
+	r := &p.rules[at]
+	if why := unmet(r.Tokens, req); why != "" {
+		return Decision{Rule: d.Rule, Reason: "intention " + d.Rule + " requires a token; " + why}
+	}
+	if len(r.Permissions) == 0 {
+		return r.final
+	}
+	for i := range r.Permissions {
+		perm := &r.Permissions[i]
+		if perm.mismatch(req) != "" {
+			continue
 		}
+		if why := unmet(perm.Tokens, req); why != "" {
+			return Decision{Rule: perm.label, Reason: "the permission requires a token; " + why}
+		}
+		if perm.Allow {
+			return Decision{Allow: true, Rule: perm.label, Reason: "a permission allows"}
+		}
+		return Decision{Rule: perm.label, Reason: "a permission denies"}
 	}
 	d = p.fallback
 	d.Reason = "no permission of the intention matches; the default policy answers"
 	return d
+}
+
+// Explain says why a request got its decision: for people, at more cost than Decide.
+// It names what failed to match in each permission.
+func (p *Policy) Explain(from certs.SPIFFEID, req *Request) string {
+	at, d := p.match(from)
+	if req == nil || !d.PerRequest {
+		return d.Reason
+	}
+	d = p.Decide(from, req)
+	r := &p.rules[at]
+	if d.Rule != p.fallback.Rule || len(r.Permissions) == 0 {
+		return d.Reason
+	}
+	const most = 5
+	var why []string
+	for i := range r.Permissions {
+		if i == most {
+			why = append(why, fmt.Sprintf("%d more", len(r.Permissions)-most))
+			break
+		}
+		why = append(why, fmt.Sprintf("#%d: %s", i+1, r.Permissions[i].mismatch(req)))
+	}
+	return fmt.Sprintf("no permission of intention %s=>%s matches (%s) and %s", r.Source, p.conf.Destination, strings.Join(why, ", "),
+		strings.TrimPrefix(p.fallback.Reason, "no intention matches and "))
 }
 
 // Considered lists every intention with the reason why it did or did not decide,
@@ -283,6 +334,7 @@ func (m *Permission) compile(label string) error {
 	for i := range m.Headers {
 		h := &m.Headers[i]
 		h.Name = strings.ToLower(h.Name)
+		h.label = "header " + h.Name
 		if h.IgnoreCase {
 			h.Exact, h.Prefix, h.Suffix, h.Contains = strings.ToLower(h.Exact), strings.ToLower(h.Prefix), strings.ToLower(h.Suffix), strings.ToLower(h.Contains)
 		}

@@ -10,6 +10,8 @@ type Request struct {
 	Method  string
 	Path    string // without query string, normalised by the caller
 	Headers []Header
+	Query   string // without "?"; tokens may be in it
+	Tokens  Tokens // nil: a required token is never there
 }
 
 // Header is one header line.
@@ -31,22 +33,23 @@ func (r *Request) header(name string) (string, bool) {
 	return value, found
 }
 
-func (m *Permission) matches(r *Request) bool {
+// mismatch is "" when everything matches but tokens, else what does not.
+func (m *Permission) mismatch(r *Request) string {
 	if len(m.Methods) > 0 && !slices.Contains(m.Methods, r.Method) {
-		return false
+		return "method"
 	}
 	switch {
 	case m.PathExact != "" && r.Path != m.PathExact,
 		m.PathPrefix != "" && !strings.HasPrefix(r.Path, m.PathPrefix),
 		m.regex != nil && !m.regex.MatchString(r.Path):
-		return false
+		return "path"
 	}
 	for i := range m.Headers {
 		if m.Headers[i].matches(r) == m.Headers[i].Invert {
-			return false
+			return m.Headers[i].label
 		}
 	}
-	return true
+	return ""
 }
 
 func (h *HeaderMatch) matches(r *Request) bool {

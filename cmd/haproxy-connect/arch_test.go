@@ -15,7 +15,7 @@ const module = "github.com/haproxy-connect/haproxy-connect/"
 // mayImport is the table of rooms in the README: what each package may import of
 // ours. A package that is not listed fails.
 var mayImport = map[string][]string{
-	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "intentions", "intentions/spoe", "lua"},
+	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "intentions", "intentions/jwt", "intentions/spoe", "lua"},
 	"certs":               {},
 	"connect":             {"certs", "intentions"},
 	"connect/connecttest": {},
@@ -26,6 +26,7 @@ var mayImport = map[string][]string{
 	"haproxy/render":      {"connect", "certs", "intentions", "intentions/spoe", "lua"},
 	"haproxy/runtimeapi":  {},
 	"intentions":          {"certs"},
+	"intentions/jwt":      {"intentions"},
 	"intentions/spoe":     {"intentions", "certs"},
 	"lua":                 {},
 }
@@ -35,6 +36,7 @@ var only = map[string]string{
 	"github.com/hashicorp/consul/api":      "connect/consul",
 	"github.com/haproxytech/config-parser": "haproxy/render",
 	"github.com/spiffe/go-spiffe":          "certs",
+	"github.com/go-jose/go-jose":           "intentions/jwt",
 	"github.com/prometheus/client_golang":  "cmd/haproxy-connect",
 	"golang.org/x/sync":                    "cmd/haproxy-connect",
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
@@ -33,13 +34,15 @@ type config struct {
 	adminAddr    string
 	accessLog    string
 	originator   string
-	drain        time.Duration
-	hardStop     time.Duration
-	logLevel     string
-	logJSON      bool
-	configFile   string
-	args         []string
-	warnings     []string
+
+	explainDenials bool
+	drain          time.Duration
+	hardStop       time.Duration
+	logLevel       string
+	logJSON        bool
+	configFile     string
+	args           []string
+	warnings       []string
 }
 
 // stringsFlag may be given several times.
@@ -91,6 +94,7 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	fs.IntVar(&c.maxConn, "max-conn", 0, "most concurrent `connections` (default: from the limit of open files)")
 	str(&c.adminAddr, "admin-addr", "127.0.0.1:1936", "`address:port` of status, metrics and statistics; empty for none")
 	str(&c.accessLog, "access-log", "off", "access log on standard output: `off|text|json`")
+	fs.BoolVar(&c.explainDenials, "explain-denials", false, "tell denied HTTP callers why, in the response header X-Denied-Reason")
 	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
 	fs.DurationVar(&c.drain, "drain-timeout", 30*time.Second, "how long open sessions may go on after a stop: `duration`")
 	fs.DurationVar(&c.hardStop, "hard-stop-after", 30*time.Minute, "how long sessions of a replaced HAProxy worker may go on: `duration`")
@@ -302,6 +306,12 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, o))
 	}
 	return slog.New(slog.NewTextHandler(w, o))
+}
+
+// render is what a Renderer must know of flags and the machine.
+func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
+	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, HardStopAfter: c.hardStop,
+		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, Originator: o, LuaBool: b.Version.Features().LuaBool}
 }
 
 // dir is the run directory of a proxy.

@@ -29,7 +29,7 @@ type metrics struct {
 	mu      sync.Mutex
 	callers map[string]bool
 
-	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, revoked, oldWorkers, draining *prometheus.Desc
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, revoked, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
 }
 
 func newMetrics(s *sidecar) *metrics {
@@ -56,6 +56,8 @@ func newMetrics(s *sidecar) *metrics {
 		oldWorkers:  d("old_workers", "Replaced workers of HAProxy that still have sessions."),
 		draining:    d("draining_servers", "Endpoints that are gone and still have sessions."),
 		refused:     d("identity_refusals_total", "Connections to upstreams that were refused because the server showed a wrong identity."),
+		jwksKeys:    d("jwks_keys", "Keys of a jwt-provider that intentions require tokens of.", "provider"),
+		jwksErrors:  d("jwks_errors_total", "Failed attempts to read the keys of a jwt-provider.", "provider"),
 		ready:       d("ready", "1 when the sidecar is ready."),
 	}
 	m.registry.MustRegister(m, m.authz, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -85,7 +87,7 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining} {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining, m.jwksKeys, m.jwksErrors} {
 		ch <- d
 	}
 }
@@ -127,6 +129,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.drifts, st.Drifts)
 	for _, f := range s.watcher.Feeds() {
 		counter(m.watchErrors, f.Errors, f.Name)
+	}
+	for _, p := range s.tokens.Status() {
+		gauge(m.jwksKeys, float64(p.Keys), label(p.Provider))
+		counter(m.jwksErrors, p.Errors, label(p.Provider))
 	}
 	snap := s.newest.Load()
 	if snap == nil {

@@ -25,6 +25,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/intentions/jwt"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
@@ -45,6 +46,7 @@ type sidecar struct {
 	client  *consul.Client
 	watcher *consul.Watcher
 	agent   *spoe.Agent
+	tokens  *jwt.Verifier
 	proc    *process.Process
 	manager *haproxy.Manager
 	dial    *dialer.Dialer // nil unless Go originates
@@ -193,15 +195,13 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 // start wires the arrows of the design and waits for the end.
 func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
 	f := s.binary.Version.Features()
-	renderer, err := render.New(render.Options{
-		Dir: s.dir, User: s.account.User, Group: s.account.Group, Threads: s.conf.threads, MaxConn: s.conf.maxConn,
-		HardStopAfter: s.conf.hardStop, AccessLog: render.AccessLog(s.conf.accessLog), Originator: originator,
-		LuaBool: f.LuaBool,
-	})
+	renderer, err := render.New(s.conf.render(s.dir, s.account, s.binary, originator))
 	if err != nil {
 		return err
 	}
-	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied})
+	s.tokens = jwt.New(dataCtx, s.log)
+	data.Go(func() error { <-dataCtx.Done(); s.tokens.Wait(); return nil })
+	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied, Tokens: s.tokens})
 	ln, err := s.listenAuthz()
 	if err != nil {
 		return err
@@ -273,6 +273,7 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	old := s.newest.Swap(snap)
 	s.heard.Store(time.Now().UnixNano())
 	if old == nil || old.Policy != snap.Policy {
+		s.tokens.Use(snap.Policy.Providers())
 		s.agent.SetPolicy(snap.Policy)
 		if old != nil {
 			select {

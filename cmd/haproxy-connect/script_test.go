@@ -143,6 +143,7 @@ type world struct {
 	between  *between
 	servers  map[string]string
 	tokens   map[string][2]string
+	issuers  map[string]*issuer
 	scaled   map[string][2]int
 	occupied map[string]net.Listener
 }
@@ -156,7 +157,7 @@ func newWorld(e *testscript.Env, consul, haproxy, version string) error {
 	}
 	w := &world{env: e, consul: consul, haproxy: haproxy, version: version, dir: dir, cars: map[string]*exec.Cmd{}, logs: map[string]*logBuffer{},
 		loads: map[string]*load{}, counts: map[string]*atomic.Int64{}, idle: map[string]net.Conn{},
-		servers: map[string]string{}, tokens: map[string][2]string{},
+		servers: map[string]string{}, tokens: map[string][2]string{}, issuers: map[string]*issuer{},
 		scaled: map[string][2]int{}, occupied: map[string]net.Listener{}}
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
@@ -208,7 +209,8 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
-	"apply-time": inWorld((*world).cmdApplyTime), "small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
+	"apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
+	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),
 	"config": inWorld((*world).cmdConfig), "intention": inWorld((*world).cmdIntention), "sidecar": inWorld((*world).cmdSidecar),
@@ -421,7 +423,8 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 				time.Sleep(d)
 			}
 			rw.Header().Set("Trailer", "Grpc-Status")
-			fmt.Fprintf(rw, "%s %s %s %s body=%d xfcc=%q caller=%q", name, r.Proto, r.Method, r.RequestURI, len(b), r.Header.Values("X-Forwarded-Client-Cert"), r.Header.Values("X-Caller"))
+			fmt.Fprintf(rw, "%s %s %s %s body=%d xfcc=%q caller=%q authorization=%q token=%q", name, r.Proto, r.Method, r.RequestURI, len(b),
+				r.Header.Values("X-Forwarded-Client-Cert"), r.Header.Values("X-Caller"), r.Header.Values("Authorization"), r.Header.Values("X-Token"))
 			rw.Header().Set("Grpc-Status", "0")
 		})
 		srv := &http.Server{Handler: h}

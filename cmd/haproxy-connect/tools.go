@@ -20,6 +20,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/intentions/jwt"
 )
 
 // release is set by the linker.
@@ -124,14 +125,11 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	f := bin.Version.Features()
 	originator := render.Originator(c.originator)
 	if originator == "auto" {
 		originator = render.Lua
 	}
-	r, err := render.New(render.Options{Dir: c.dir(id), User: account.User, Group: account.Group, Threads: c.threads, MaxConn: c.maxConn,
-		HardStopAfter: c.hardStop, AccessLog: render.AccessLog(c.accessLog), Originator: originator,
-		LuaBool: f.LuaBool})
+	r, err := render.New(c.render(c.dir(id), account, bin, originator))
 	if err != nil {
 		return err
 	}
@@ -155,7 +153,7 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	fs := newFlags("check", &c, errw)
 	source := fs.String("source", "", "calling service's `name` or SPIFFE ID")
 	method := fs.String("method", "", "HTTP `method` of the request")
-	path := fs.String("path", "", "`path` of the request, without query")
+	path := fs.String("path", "", "`path` of the request; a query only matters for tokens")
 	var headers stringsFlag
 	fs.Var(&headers, "header", "request header `name=value`; may be repeated")
 	explain := fs.Bool("explain", false, "also list every intention and why it did or did not decide")
@@ -170,7 +168,8 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	}
 	var req *intentions.Request
 	if *method != "" || *path != "" || len(headers) > 0 {
-		req = &intentions.Request{Method: *method, Path: *path}
+		req = &intentions.Request{Method: *method}
+		req.Path, req.Query, _ = strings.Cut(*path, "?")
 		if req.Method == "" {
 			req.Method = http.MethodGet
 		}
@@ -195,6 +194,14 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 			return usagef("-source %q: %v", *source, err)
 		}
 	}
+	if req != nil {
+		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		tokens := jwt.New(wait, c.logger(errw))
+		tokens.Use(snap.Policy.Providers())
+		tokens.Ready(wait)
+		req.Tokens = tokens
+	}
 	d := snap.Policy.Decide(from, req)
 	verdict := "deny"
 	switch {
@@ -203,7 +210,7 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	case d.Allow:
 		verdict = "allow"
 	}
-	fmt.Fprintf(out, "%s\nsource:      %s\ndestination: %s\nrule:        %s\nreason:      %s\n", verdict, from, snap.Proxy.Service, d.Rule, d.Reason)
+	fmt.Fprintf(out, "%s\nsource:      %s\ndestination: %s\nrule:        %s\nreason:      %s\n", verdict, from, snap.Proxy.Service, d.Rule, snap.Policy.Explain(from, req))
 	if *explain {
 		fmt.Fprintln(out, "considered:")
 		for _, line := range snap.Policy.Considered(from) {

@@ -63,26 +63,25 @@ type Feed struct {
 	Since   time.Time
 	Errors  uint64
 	Answers uint64
+	back    time.Time // when it last answered after trouble
 }
 
 // feeds keeps the conditions; watches write, anybody reads.
 type feeds struct {
-	mu   sync.Mutex
-	all  map[string]*Feed
-	back time.Time // when a watch last answered after trouble
-	log  *slog.Logger
+	mu  sync.Mutex
+	all map[string]*Feed
+	log *slog.Logger
 }
 
-// recovered is when a watch last answered after trouble, or now while one is in it.
-func (f *feeds) recovered() time.Time {
+// recovered is when a watch last answered after trouble, or now while it is in it.
+func (f *feeds) recovered(name string) time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, one := range f.all {
-		if one.Err != "" {
-			return time.Now()
-		}
+	one := f.get(name)
+	if one.Err != "" {
+		return time.Now()
 	}
-	return f.back
+	return one.back
 }
 
 func (f *feeds) get(name string) *Feed {
@@ -107,7 +106,7 @@ func (f *feeds) ok(name string) {
 		one.Err = ""
 		f.log.Info("Consul answers again", "watch", name, "after", time.Since(one.Since).Round(time.Millisecond))
 		one.Since = time.Now()
-		f.back = one.Since
+		one.back = one.Since
 	}
 }
 

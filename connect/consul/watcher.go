@@ -62,13 +62,16 @@ type state struct {
 	leaf      *certs.Leaf
 	matched   []intentions.Intention
 	mesh      meshEntry
-	heard     struct{ intentions, defaults, mesh bool }
+	heard     struct{ intentions, defaults, mesh, providers bool }
 	allow     bool // default policy
 	answers   map[string]*resolved
 	ups       map[string]*connect.Upstream // as last published, by name
 	policy    *intentions.Policy
 	policyFor intentions.Config
-	dirty     bool
+
+	providers       []*intentions.Provider
+	providerNotices connect.Notices
+	dirty           bool
 }
 
 // resolved is what is known of one destination.
@@ -94,6 +97,7 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 	w.start(ctx, "roots", w.fetchRoots)
 	w.start(ctx, "mesh", w.fetchMesh)
 	var identityStarted string
+	providersStarted := false
 	stopIdentity := func() {}
 	defer func() { stopIdentity() }()
 	// The first snapshot waits a moment for slow upstreams: without it the first
@@ -133,6 +137,10 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 				defer w.wg.Done()
 				w.poll(ictx, "default policy", 30*time.Second, w.fetchDefault(name))
 			}()
+		}
+		if !providersStarted && slices.ContainsFunc(st.matched, requiresToken) {
+			providersStarted = true
+			w.start(ctx, "jwt providers", w.fetchProviders)
 		}
 		w.syncUpstreams(ctx, st)
 		if st.dirty {
@@ -233,7 +241,27 @@ func (w *Watcher) fetchLeaf(service string) fetch {
 // wireIntention is api.Intention with the field that the library leaves out.
 type wireIntention struct {
 	api.Intention
-	JWT *struct{ Providers []struct{ Name string } }
+	JWT *api.IntentionJWTRequirement
+}
+
+// tokens translates a requirement; nil requires nothing.
+func tokens(r *api.IntentionJWTRequirement) (out []intentions.Requirement) {
+	if r == nil {
+		return nil
+	}
+	for _, p := range r.Providers {
+		if p == nil {
+			continue
+		}
+		one := intentions.Requirement{Provider: p.Name}
+		for _, c := range p.VerifyClaims {
+			if c != nil {
+				one.Claims = append(one.Claims, intentions.Claim{Path: c.Path, Value: c.Value})
+			}
+		}
+		out = append(out, one)
+	}
+	return out
 }
 
 func (w *Watcher) fetchIntentions(service string) fetch {
@@ -257,6 +285,10 @@ func (w *Watcher) fetchIntentions(service string) fetch {
 	}
 }
 
+func requiresToken(i intentions.Intention) bool {
+	return len(i.Tokens) > 0 || slices.ContainsFunc(i.Permissions, func(p intentions.Permission) bool { return len(p.Tokens) > 0 })
+}
+
 func translate(in []wireIntention) []intentions.Intention {
 	out := make([]intentions.Intention, 0, len(in))
 	for _, i := range in {
@@ -268,9 +300,7 @@ func translate(in []wireIntention) []intentions.Intention {
 		if i.SourceSamenessGroup != "" {
 			o.Allow, o.Unsupported = false, "sameness groups are an enterprise feature that is not supported"
 		}
-		if i.JWT != nil && len(i.JWT.Providers) > 0 {
-			o.Allow, o.Unsupported = false, "it requires a JSON Web Token, which is not supported yet"
-		}
+		o.Tokens = tokens(i.JWT)
 		for _, p := range i.Permissions {
 			if p == nil {
 				continue
@@ -283,9 +313,7 @@ func translate(in []wireIntention) []intentions.Intention {
 						Prefix: m.Prefix, Suffix: m.Suffix, Contains: m.Contains, Regex: m.Regex, Invert: m.Invert, IgnoreCase: m.IgnoreCase})
 				}
 			}
-			if p.JWT != nil {
-				o.Allow, o.Unsupported = false, "a permission requires a JSON Web Token, which is not supported yet"
-			}
+			perm.Tokens = tokens(p.JWT)
 			o.Permissions = append(o.Permissions, perm)
 		}
 		out = append(out, o)
@@ -430,7 +458,7 @@ func (w *Watcher) followService(ctx context.Context, name string, d declared) {
 			go func() {
 				defer wg.Done()
 				defer w.feeds.drop("endpoints of " + name)
-				w.follow(hctx, "endpoints of "+name, w.fetchEndpoints(d, h))
+				w.follow(hctx, "endpoints of "+name, w.fetchEndpoints(d, h, "endpoints of "+name))
 			}()
 		}
 	}
@@ -494,7 +522,7 @@ func walk(chain *api.CompiledDiscoveryChain, d declared) (hop, time.Duration, co
 	return h, timeout, n
 }
 
-func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
+func (w *Watcher) fetchEndpoints(d declared, h hop, feed string) fetch {
 	return func(ctx context.Context, c *cursor) (func(*state), error) {
 		q := c.cached(ctx)
 		q.Filter = h.filter
@@ -513,7 +541,7 @@ func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
 				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
 			if r := st.answers[d.key]; r != nil && len(list) > 0 && len(t.Endpoints) == 0 && len(r.target.Endpoints) > 0 && r.target.Service == t.Service {
-				if wait := restartGrace - time.Since(w.feeds.recovered()); wait > 0 {
+				if wait := restartGrace - time.Since(w.feeds.recovered(feed)); wait > 0 {
 					w.hold(st, d, r, t, wait)
 					return
 				}
@@ -660,7 +688,7 @@ const firstGrace = 300 * time.Millisecond
 
 // resolved reports whether what a snapshot can do without has been heard of.
 func (st *state) resolved() bool {
-	if !st.heard.mesh {
+	if !st.heard.mesh || !st.heard.providers && slices.ContainsFunc(st.matched, requiresToken) {
 		return false
 	}
 	for _, d := range st.declared {
@@ -680,7 +708,7 @@ func (st *state) snapshot() *connect.Snapshot {
 		return nil // a new cluster: the other half is on its way
 	}
 	snap := &connect.Snapshot{Proxy: st.proxy, Inbound: st.inbound, Leaf: st.leaf, Roots: st.roots}
-	notices := slices.Clone(st.notices)
+	notices := append(slices.Clone(st.notices), st.providerNotices...)
 	snap.Inbound.Normalize, snap.Inbound.SanitizeXFCC = st.mesh.decode(&notices)
 	next := make(map[string]*connect.Upstream, len(st.declared))
 	for i := range st.declared {
@@ -726,7 +754,7 @@ func (st *state) snapshot() *connect.Snapshot {
 	}
 	st.ups = next
 	conf := intentions.Config{Destination: st.proxy.Service, TrustDomain: st.proxy.TrustDomain,
-		HTTP: st.inbound.Protocol.IsHTTP(), DefaultAllow: st.allow, Intentions: st.matched}
+		HTTP: st.inbound.Protocol.IsHTTP(), DefaultAllow: st.allow, Intentions: st.matched, Providers: st.providers}
 	if st.policy == nil || !reflect.DeepEqual(conf, st.policyFor) {
 		st.policy, st.policyFor = intentions.NewPolicy(conf), conf
 	}

@@ -55,6 +55,8 @@ type Options struct {
 	HardStopAfter time.Duration
 	AccessLog     AccessLog // "": off
 	Originator    Originator
+	// ExplainDenials tells denied callers why, in a response header.
+	ExplainDenials bool
 
 	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
@@ -106,13 +107,13 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		}
 		wrong = multierror.Append(wrong, e)
 	}
-	for _, g := range o.global() {
+	for _, g := range o.global(&s.Inbound) {
 		add(g.builder, g.what, nil)
 	}
 	add(o.defaults(), "defaults of every proxy below", nil)
 	add(o.admin(), "statistics and metrics, for haproxy-connect alone", nil)
 	if s.Inbound.Port != 0 {
-		c.Files[SPOEFile] = o.spoe()
+		c.Files[SPOEFile] = o.spoe(&s.Inbound)
 		add(o.authz(), "the agent that knows the intentions", nil)
 		b, e := o.public(s)
 		add(b, "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions", e)
@@ -266,7 +267,7 @@ type globalSection struct {
 // memory. The oldest is ended when there would be more.
 const maxOldWorkers = 20
 
-func (o *Options) global() []globalSection {
+func (o *Options) global(in *connect.Inbound) []globalSection {
 	var out []globalSection
 	if o.LuaBool {
 		// Must come before lua-load, and the parser moves what it does not know to the end.
@@ -295,6 +296,11 @@ func (o *Options) global() []globalSection {
 	g.add("tune.ssl.default-dh-param 2048")
 	g.add("ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets")
 	g.add("ssl-default-server-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	if forwardsCert(in) {
+		// X-Forwarded-Client-Cert carries certificates: room for it, beside as much
+		// of the request as without.
+		g.add("tune.bufsize 24576").add("tune.maxrewrite 8192")
+	}
 	g.add("httpclient.ssl.verify none") // unused; spares loading the system's CAs
 	g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
 	return append(out, globalSection{g, "the process"})
@@ -347,8 +353,18 @@ func (o *Options) authz() *builder {
 		add("server agent unix@%s", o.path(AuthzSocket))
 }
 
+// forwardsCert reports whether the application is told the caller's certificate: as
+// in Consul, not with grpc.
+func forwardsCert(in *connect.Inbound) bool {
+	return in.Protocol.IsHTTP() && in.Protocol != connect.GRPC && !in.SanitizeXFCC
+}
+
 // spoe is the configuration of the filter: what is asked, and when.
-func (o *Options) spoe() string {
+func (o *Options) spoe(in *connect.Inbound) string {
+	chain := ""
+	if forwardsCert(in) {
+		chain = " " + spoe.ArgChain + "=ssl_c_chain_der"
+	}
 	return `# What HAProxy asks the authorization agent.
 [hc]
 spoe-agent hc
@@ -361,10 +377,10 @@ spoe-agent hc
     use-backend authz
 
 spoe-message ` + spoe.MessageConnection + `
-    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port` + chain + `
 
 spoe-message ` + spoe.MessageRequest + `
-    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgHeaders + `=req.hdrs_bin
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgQuery + `=query ` + spoe.ArgHeaders + `=req.hdrs_bin
 
 spoe-group ` + spoe.MessageConnection + `
     messages ` + spoe.MessageConnection + `
@@ -434,23 +450,71 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarGeneration)
 	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
 	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
-	b.add("http-request send-spoe-group hc %s if { var(txn.verdict) -m str %s }", spoe.MessageRequest, spoe.Ask)
-	b.add("http-request set-var(txn.verdict) var(%s%s) if { var(txn.verdict) -m str %s }", txn, spoe.VarRequestVerdict, spoe.Ask)
-	b.add(`http-request return status 403 content-type text/plain string "RBAC: access denied" unless { var(txn.verdict) -m str %s }`, spoe.Allow)
+	for _, p := range s.Policy.Providers() {
+		if p.ForwardTo != "" { // only we may say what a token says
+			b.add("http-request del-header %s", p.ForwardTo)
+		}
+	}
+	ask := fmt.Sprintf("{ var(txn.verdict) -m str %s }", spoe.Ask)
+	b.add("http-request send-spoe-group hc %s if %s", spoe.MessageRequest, ask)
+	if o.AccessLog != LogOff || o.ExplainDenials {
+		b.add("http-request set-var(txn.rule) var(%s%s)", sess, spoe.VarRule)
+		b.add("http-request set-var(txn.reason) var(%s%s)", sess, spoe.VarReason)
+		b.add("http-request set-var(txn.rule) var(%s%s) if %s", txn, spoe.VarRequestRule, ask)
+		b.add("http-request set-var(txn.reason) var(%s%s) if %s", txn, spoe.VarRequestReason, ask)
+	}
+	b.add("http-request set-var(txn.verdict) var(%s%s) if %s", txn, spoe.VarRequestVerdict, ask)
+	explain := ""
+	if o.ExplainDenials {
+		explain = " hdr X-Denied-Reason %[var(txn.reason)]"
+	}
+	b.add(`http-request return status 403 content-type text/plain string "RBAC: access denied"%s unless { var(txn.verdict) -m str %s }`, explain, spoe.Allow)
+	for _, p := range s.Policy.Providers() {
+		if err := b.token(p); err != nil {
+			return nil, err
+		}
+	}
 	own = s.Proxy.SPIFFEID().String()
 	if _, err := word("own identity", own); err != nil {
 		return nil, err
 	}
-	// Always set, never added: a caller cannot forge who called.
-	if in.SanitizeXFCC {
-		b.add("http-request del-header X-Forwarded-Client-Cert")
+	const header = "X-Forwarded-Client-Cert"
+	if forwardsCert(in) {
+		// What one earlier hop said is kept before what is known here; more than one
+		// line of it no proxy of the mesh sends.
+		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
+		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 }", header, header)
+		b.add("http-request set-header %s %s", header, element)
+		b.add("http-request set-header %s %%[var(txn.xfcc)],%%[req.fhdr(%s)] if { var(txn.xfcc) -m found }", header, header)
 	} else {
-		b.add("http-request set-header X-Forwarded-Client-Cert By=%s;Hash=%%[ssl_c_der,digest(sha256),hex,lower];URI=%%[var(%s%s)]", own, sess, spoe.VarSource)
+		b.add("http-request del-header %s", header)
 	}
+	// Always set, never added: a caller cannot forge who called.
 	if in.CallerHeader != "" {
 		b.add("http-request set-header %s %%[var(%s%s)]", in.CallerHeader, sess, spoe.VarService)
 	}
 	return b, nil
+}
+
+// token forwards what the verified token of a provider says, and takes the token away
+// where its location says so.
+func (b *builder) token(p *intentions.Provider) error {
+	verified := fmt.Sprintf("{ var(%s%s) -m found }", txn, p.Variable())
+	if p.ForwardTo != "" {
+		if _, err := word("forwarding.header_name", p.ForwardTo); err != nil {
+			return err
+		}
+		b.add("http-request set-header %s %%[var(%s%s)] if %s", p.ForwardTo, txn, p.Variable(), verified)
+	}
+	for _, l := range p.Locations {
+		if l.Header != "" && !l.Keep {
+			if _, err := word("locations.header.name", l.Header); err != nil {
+				return err
+			}
+			b.add("http-request del-header %s if %s", l.Header, verified)
+		}
+	}
+	return nil
 }
 
 // normalize brings a request into the one form that intentions are matched against
@@ -487,7 +551,11 @@ func normalize(b *builder, n connect.Normalize) {
 
 // log sets the access log of a frontend.
 func (o *Options) log(b *builder, http bool) {
-	const who = `source=%[var(sess.hc.source)] verdict=%[var(sess.hc.verdict)] rule=%[var(sess.hc.rule)]`
+	at := "sess.hc"
+	if http {
+		at = "txn" // judged per request in effect
+	}
+	who := `source=%[var(sess.hc.source)] verdict=%[var(` + at + `.verdict)] rule=%[var(` + at + `.rule)] reason=%{+Q}[var(` + at + `.reason)]`
 	switch o.AccessLog {
 	case LogText:
 		if http {
@@ -501,7 +569,7 @@ func (o *Options) log(b *builder, http bool) {
 			req = `,\"status\":%ST,\"method\":\"%[capture.req.method,json(utf8s)]\",\"path\":\"%[capture.req.uri,json(utf8s)]\"`
 		}
 		b.add("%s", `log-format "{\"access\":\"%ft\",\"client\":\"%ci:%cp\",\"upstream\":\"%b\",\"server\":\"%s\",\"bytes\":%B,\"ms\":%Tt,\"state\":\"%ts\"`+req+
-			`,\"source\":\"%[var(sess.hc.source),json(utf8s)]\",\"verdict\":\"%[var(sess.hc.verdict),json(utf8s)]\",\"rule\":\"%[var(sess.hc.rule),json(utf8s)]\"}"`)
+			`,\"source\":\"%[var(sess.hc.source),json(utf8s)]\",\"verdict\":\"%[var(`+at+`.verdict),json(utf8s)]\",\"rule\":\"%[var(`+at+`.rule),json(utf8s)]\",\"reason\":\"%[var(`+at+`.reason),json(utf8s)]\"}"`)
 	default:
 		b.add("no log")
 	}

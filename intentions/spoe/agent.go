@@ -17,8 +17,10 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"net"
@@ -44,6 +46,8 @@ const (
 	ArgHeaders        = "headers" // req.hdrs_bin
 	ArgSource         = "src"     // the caller's address and port, to find its session again
 	ArgPort           = "port"
+	ArgChain          = "chain" // the caller's certificates, DER, one after the other: wants VarXFCC
+	ArgQuery          = "query"
 
 	// Variables, in HAProxy under the prefix of the agent. Session scope:
 	VarVerdict    = "verdict"    // Allow, Deny or Ask
@@ -51,9 +55,12 @@ const (
 	VarSource     = "source"     // SPIFFE ID of the caller
 	VarService    = "service"    // its service name
 	VarRule       = "rule"
-	// Transaction scope:
+	VarReason     = "reason" // in words
+	VarXFCC       = "xfcc"   // what X-Forwarded-Client-Cert says of the caller, without By
+	// Transaction scope; the payload of a verified token is in intentions.Provider.Variable:
 	VarRequestVerdict = "request_verdict" // Allow or Deny
 	VarRequestRule    = "request_rule"
+	VarRequestReason  = "request_reason"
 
 	Allow = "allow"
 	Deny  = "deny"
@@ -69,6 +76,8 @@ type Options struct {
 	// Count returns the counter of an answer; it is asked once per answer and
 	// generation, not per question. Nil counts nothing.
 	Count func(source string, d intentions.Decision) Counter
+	// Tokens verifies what intentions may require. Nil: a required token is never there.
+	Tokens intentions.Tokens
 	// Denied is told the first deny of each source, rule and generation.
 	Denied func(source string, d intentions.Decision)
 }
@@ -262,12 +271,17 @@ type conn struct {
 	answers map[[sha256.Size]byte]*answer
 	request intentions.Request
 	out     []byte
+	hash    hash.Hash
+}
+
+func (a *Agent) newConn() *conn {
+	return &conn{agent: a, answers: map[[sha256.Size]byte]*answer{}, request: intentions.Request{Tokens: a.opt.Tokens}, out: make([]byte, 0, 1024), hash: sha256.New()}
 }
 
 func (a *Agent) serveConn(nc net.Conn) error {
 	r := bufio.NewReaderSize(nc, maxFrame+4)
 	buf := make([]byte, maxFrame)
-	c := &conn{agent: a, answers: map[[sha256.Size]byte]*answer{}, out: make([]byte, 0, 1024)}
+	c := a.newConn()
 	if err := nc.SetDeadline(time.Now().Add(helloWait)); err != nil {
 		return err
 	}
@@ -386,7 +400,7 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 		}
 		switch string(name) {
 		case MessageConnection:
-			ans := c.answer(m.cert)
+			ans := c.answer(m.cert, m.chain)
 			ans.counter.Inc()
 			if ans.valid && m.src.IsValid() {
 				c.agent.remember(netip.AddrPortFrom(m.src, m.port), ans.id)
@@ -402,9 +416,9 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 }
 
 type message struct {
-	cert, method, path, headers []byte
-	src                         netip.Addr
-	port                        uint16
+	cert, chain, method, path, query, headers []byte
+	src                                       netip.Addr
+	port                                      uint16
 }
 
 func (m *message) set(key []byte, v value) {
@@ -417,6 +431,10 @@ func (m *message) set(key []byte, v value) {
 		m.path = v.bytes
 	case ArgHeaders:
 		m.headers = v.bytes
+	case ArgChain:
+		m.chain = v.bytes
+	case ArgQuery:
+		m.query = v.bytes
 	case ArgSource:
 		if addr, ok := netip.AddrFromSlice(v.bytes); ok && (v.kind == typeIPv4 || v.kind == typeIPv6) {
 			m.src = addr.Unmap()
@@ -426,9 +444,14 @@ func (m *message) set(key []byte, v value) {
 	}
 }
 
-// answer finds or makes the answer for a certificate.
-func (c *conn) answer(der []byte) *answer {
-	key := sha256.Sum256(der)
+// answer finds or makes the answer for a certificate, and for the chain it came with
+// if that is asked for.
+func (c *conn) answer(der, chain []byte) *answer {
+	var key [sha256.Size]byte
+	c.hash.Reset()
+	c.hash.Write(der)
+	c.hash.Write(chain)
+	c.hash.Sum(key[:0])
 	if ans, ok := c.answers[key]; ok {
 		return ans
 	}
@@ -437,7 +460,8 @@ func (c *conn) answer(der []byte) *answer {
 	}
 	ans := &answer{}
 	var d intentions.Decision
-	if id, err := identity(der); err != nil {
+	cert, id, err := identity(der)
+	if err != nil {
 		d = intentions.Decision{Rule: "identity", Reason: err.Error()}
 	} else {
 		ans.id, ans.valid, ans.source = id, true, id.String()
@@ -454,6 +478,10 @@ func (c *conn) answer(der []byte) *answer {
 	b = appendSetVar(b, scopeSession, VarGeneration, c.epoch.generation)
 	b = appendSetVar(b, scopeSession, VarSource, ans.source)
 	b = appendSetVar(b, scopeSession, VarService, ans.id.Service)
+	b = appendSetVar(b, scopeSession, VarReason, sentence(d.Reason))
+	if ans.valid && len(chain) > 0 {
+		b = appendSetVar(b, scopeSession, VarXFCC, xfcc(cert, chain, ans.source))
+	}
 	ans.actions = appendSetVar(b, scopeSession, VarRule, printable(d.Rule))
 	ans.counter = c.agent.counter(ans.source, d)
 	if verdict == Deny {
@@ -463,39 +491,100 @@ func (c *conn) answer(der []byte) *answer {
 	return ans
 }
 
+// maxPayloads bounds what tokens add to one frame.
+const maxPayloads = 12 << 10
+
 func (c *conn) perRequest(out []byte, m *message) []byte {
-	ans := c.answer(m.cert)
+	ans := c.answer(m.cert, nil)
 	d := intentions.Decision{Rule: "identity", Reason: "the certificate has no service identity"}
+	from := len(out)
 	if ans.valid {
 		// The strings alias the frame, which outlives the decision and nothing else.
-		c.request.Method, c.request.Path = alias(m.method), alias(m.path)
+		c.request.Method, c.request.Path, c.request.Query = alias(m.method), alias(m.path), alias(m.query)
 		if parseHeaders(m.headers, &c.request) {
-			d = c.epoch.policy.Decide(ans.id, &c.request)
+			if d = c.epoch.policy.Decide(ans.id, &c.request); d.Allow {
+				out = c.payloads(out)
+			}
 		} else {
 			d = intentions.Decision{Rule: "headers", Reason: "the request's headers cannot be read"}
 		}
 	}
-	verdict := Deny
-	if d.Allow {
-		verdict = Allow
-	} else {
-		c.agent.report(c.epoch, ans.source, d)
+	if len(out)-from > maxPayloads {
+		out, d = out[:from], intentions.Decision{Rule: "tokens", Reason: "the payloads of the request's tokens are too long"}
 	}
 	ans.count(c.agent, d)
-	out = appendSetVar(out, scopeTransaction, VarRequestVerdict, verdict)
+	if d.Allow {
+		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Allow)
+	} else {
+		if ans.valid {
+			if why := c.epoch.policy.Explain(ans.id, &c.request); why != "" && d.Rule != "headers" && d.Rule != "tokens" {
+				d.Reason = why
+			}
+		}
+		c.agent.report(c.epoch, ans.source, d)
+		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Deny)
+		out = appendSetVar(out, scopeTransaction, VarRequestReason, sentence(d.Reason))
+	}
 	return appendSetVar(out, scopeTransaction, VarRequestRule, printable(d.Rule))
 }
 
+// payloads tells HAProxy what the verified tokens of a request say.
+func (c *conn) payloads(out []byte) []byte {
+	for _, p := range c.epoch.policy.Providers() {
+		if c.request.Tokens == nil {
+			break
+		}
+		if t, _ := c.request.Tokens.Token(p, &c.request); t != nil {
+			payload := t.Payload
+			if p.Pad {
+				payload += "==="[:(4-len(payload)%4)%4]
+			}
+			out = appendSetVar(out, scopeTransaction, p.Variable(), payload)
+		}
+	}
+	return out
+}
+
+// xfcc is Envoy's element of X-Forwarded-Client-Cert from Hash on (Envoy's docs:
+// config/http/http_conn_man/headers), for a caller whose chain HAProxy has verified.
+func xfcc(cert *x509.Certificate, chain []byte, uri string) string {
+	sum := sha256.Sum256(cert.Raw)
+	var b strings.Builder
+	fmt.Fprintf(&b, `Hash=%x;Cert="%s";Chain="`, sum, encoded(cert.Raw))
+	if list, err := x509.ParseCertificates(chain); err == nil && len(list) > 0 {
+		for _, one := range list {
+			b.WriteString(encoded(one.Raw))
+		}
+	} else {
+		b.WriteString(encoded(cert.Raw))
+	}
+	fmt.Fprintf(&b, `";Subject="%s";URI=%s`, printable(cert.Subject.String()), uri)
+	for _, name := range cert.DNSNames {
+		b.WriteString(";DNS=" + printable(name))
+	}
+	if b.Len() > maxPayloads {
+		return fmt.Sprintf("Hash=%x;URI=%s", sum, uri)
+	}
+	return b.String()
+}
+
+// encoded is a certificate as PEM, escaped for a URL as Envoy does.
+func encoded(der []byte) string {
+	text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	return strings.NewReplacer("\n", "%0A", " ", "%20", "+", "%2B", "/", "%2F", "=", "%3D").Replace(text)
+}
+
 // identity parses the caller's certificate; HAProxy has verified its chain.
-func identity(der []byte) (certs.SPIFFEID, error) {
+func identity(der []byte) (*x509.Certificate, certs.SPIFFEID, error) {
 	if len(der) == 0 {
-		return certs.SPIFFEID{}, errors.New("no client certificate")
+		return nil, certs.SPIFFEID{}, errors.New("no client certificate")
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		return certs.SPIFFEID{}, errors.New("the client certificate cannot be parsed")
+		return nil, certs.SPIFFEID{}, errors.New("the client certificate cannot be parsed")
 	}
-	return certs.FromCertificate(cert)
+	id, err := certs.FromCertificate(cert)
+	return cert, id, err
 }
 
 // parseHeaders reads req.hdrs_bin: name and value, each with its length, ended by
@@ -550,6 +639,16 @@ func (a *Agent) report(e *epoch, source string, d intentions.Decision) {
 	if first {
 		a.opt.Denied(source, d)
 	}
+}
+
+// sentence keeps a reason, which quotes Consul, fit for a log line and a header.
+func sentence(s string) string {
+	words := strings.FieldsFunc(s, func(r rune) bool { return r == ' ' })
+	for i := range words {
+		words[i] = printable(words[i])
+	}
+	s = strings.Join(words, " ")
+	return s[:min(len(s), 400)]
 }
 
 // printable keeps text from Consul fit for a log line and a header.

@@ -213,7 +213,7 @@ func TestCountersAreLookedUpOnce(t *testing.T) {
 	looked, total := 0, &tally{}
 	a := New(Options{Count: func(string, intentions.Decision) Counter { looked++; return total }})
 	a.SetPolicy(policy("web"))
-	c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+	c := a.newConn()
 	f, err := parseFrame(notifyRequest(1, caller(t, "l7"), "GET", "/ok", headersBin("x-key", "1"))[4:])
 	require.NoError(t, err)
 	for range 100 {
@@ -335,7 +335,7 @@ func FuzzFrame(f *testing.F) {
 			return
 		}
 		_, _, _ = hello(fr)
-		c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+		c := a.newConn()
 		out, err := c.notify(nil, fr)
 		if err != nil {
 			if len(out) != 0 {
@@ -359,7 +359,7 @@ func BenchmarkAnswer(b *testing.B) {
 		"request": notifyRequest(1, caller(b, "l7"), "GET", "/ok", headersBin("host", "x", "x-key", "1"))}
 	for name, raw := range frames {
 		b.Run(name, func(b *testing.B) {
-			c := &conn{agent: a, answers: map[[32]byte]*answer{}}
+			c := a.newConn()
 			f, err := parseFrame(raw[4:])
 			require.NoError(b, err)
 			var out []byte

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// issuer signs tokens and serves its keys.
+type issuer struct {
+	key  *ecdsa.PrivateKey
+	mu   sync.Mutex
+	mode string // ok, hang, 500, lie
+	stop chan struct{}
+}
+
+func (i *issuer) jwks() []byte {
+	b, _ := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: i.key.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}}})
+	return b
+}
+
+// issuer NAME [MODE]: a signer of tokens; $NAME_JWKS is its key set, in base64, $NAME_FILE
+// a file of it, $NAME_URI where it is served. MODE hang, 500 or lie makes the server so.
+func (w *world) cmdIssuer(ts *testscript.TestScript, _ bool, args []string) {
+	i := w.issuers[args[0]]
+	if i == nil {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		ts.Check(err)
+		i = &issuer{key: key, mode: "ok", stop: make(chan struct{})}
+		w.issuers[args[0]] = i
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		ts.Check(err)
+		w.env.Defer(func() {
+			close(i.stop)
+			ln.Close()
+		})
+		go func() { _ = http.Serve(ln, i) }()
+		ts.Setenv(args[0]+"_JWKS", base64.StdEncoding.EncodeToString(i.jwks()))
+		ts.Setenv(args[0]+"_URI", "http://"+ln.Addr().String()+"/jwks")
+		file := w.dir + "/" + args[0] + ".jwks"
+		ts.Check(os.WriteFile(file, i.jwks(), 0o644))
+		ts.Setenv(args[0]+"_FILE", file)
+	}
+	if len(args) > 1 {
+		i.mu.Lock()
+		i.mode = args[1]
+		i.mu.Unlock()
+	}
+}
+
+func (i *issuer) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	i.mu.Lock()
+	mode := i.mode
+	i.mu.Unlock()
+	switch mode {
+	case "hang":
+		select {
+		case <-i.stop:
+		case <-r.Context().Done():
+		}
+	case "500":
+		rw.WriteHeader(http.StatusInternalServerError)
+	case "lie":
+		fmt.Fprint(rw, `{"keys":[{"kty":"EC"}]}`)
+	default:
+		_, _ = rw.Write(i.jwks())
+	}
+}
+
+// jwt VAR ISSUER CLAIMS: $VAR is a token with these claims.
+func (w *world) cmdJWT(ts *testscript.TestScript, _ bool, args []string) {
+	s, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: w.issuers[args[1]].key, KeyID: "k1"}}, nil)
+	ts.Check(err)
+	jws, err := s.Sign([]byte(args[2]))
+	ts.Check(err)
+	text, err := jws.CompactSerialize()
+	ts.Check(err)
+	ts.Setenv(args[0], text)
+}
+
+// header NAME REGEXP URL [H=V]: an answer's header is so, sooner or later.
+func (w *world) cmdHeader(ts *testscript.TestScript, _ bool, args []string) {
+	re, err := regexp.Compile(args[1])
+	ts.Check(err)
+	last := ""
+	if err := eventually(patience, func() error {
+		req, err := http.NewRequest(http.MethodGet, args[2], nil)
+		if err != nil {
+			return err
+		}
+		if len(args) > 3 {
+			k, v, _ := strings.Cut(args[3], "=")
+			req.Header.Set(k, v)
+		}
+		res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}).Do(req)
+		if err != nil {
+			return err
+		}
+		res.Body.Close()
+		if last = res.Header.Get(args[0]); !re.MatchString(last) {
+			return errors.New("not yet")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("%s: %s is %q, want %s (%v)\n%s", args[2], args[0], last, re, err, w.allLogs())
+	}
+}
