@@ -36,6 +36,7 @@ type config struct {
 	originator   string
 
 	explainDenials bool
+	maxAge         time.Duration
 	drain          time.Duration
 	hardStop       time.Duration
 	logLevel       string
@@ -94,6 +95,7 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	fs.IntVar(&c.maxConn, "max-conn", 0, "most concurrent `connections` (default: from the limit of open files)")
 	str(&c.adminAddr, "admin-addr", "127.0.0.1:1936", "`address:port` of status, metrics and statistics; empty for none")
 	str(&c.accessLog, "access-log", "off", "access log on standard output: `off|text|json`")
+	fs.DurationVar(&c.maxAge, "max-connection-age", 0, "how long a caller's connection may last before it must connect, and be judged, anew: `duration`, 0 for ever")
 	fs.BoolVar(&c.explainDenials, "explain-denials", false, "tell denied HTTP callers why, in the response header X-Denied-Reason")
 	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
 	fs.DurationVar(&c.drain, "drain-timeout", 30*time.Second, "how long open sessions may go on after a stop: `duration`")
@@ -256,6 +258,9 @@ func (c *config) validate() error {
 	if c.hardStop < time.Second || c.hardStop > 24*24*time.Hour {
 		return usagef("-hard-stop-after %s: want 1s to 576h", c.hardStop)
 	}
+	if c.maxAge != 0 && (c.maxAge < time.Second || c.maxAge > 24*365*time.Hour) {
+		return usagef("-max-connection-age %s: want 1s to 8760h, or 0 for no limit", c.maxAge)
+	}
 	if _, err := c.level(); err != nil {
 		return err
 	}
@@ -311,7 +316,7 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
 	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, HardStopAfter: c.hardStop,
-		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, Originator: o, LuaBool: b.Version.Features().LuaBool}
+		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, LuaBool: b.Version.Features().LuaBool}
 }
 
 // dir is the run directory of a proxy.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,6 +62,14 @@ type sidecar struct {
 	revoked  atomic.Uint64
 	revoke   chan struct{} // the policy changed: look at what is open
 	noticed  map[connect.Notice]bool
+}
+
+// lookThrough asks for a look at what is open.
+func (s *sidecar) lookThrough() {
+	select {
+	case s.revoke <- struct{}{}:
+	default:
+	}
 }
 
 func (s *sidecar) waiting(what string) { s.phase.Store(&what) }
@@ -201,7 +210,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	}
 	s.tokens = jwt.New(dataCtx, s.log)
 	data.Go(func() error { <-dataCtx.Done(); s.tokens.Wait(); return nil })
-	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied, Tokens: s.tokens})
+	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied, Tokens: s.tokens, Crowded: s.lookThrough})
 	ln, err := s.listenAuthz()
 	if err != nil {
 		return err
@@ -276,10 +285,7 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 		s.tokens.Use(snap.Policy.Providers())
 		s.agent.SetPolicy(snap.Policy)
 		if old != nil {
-			select {
-			case s.revoke <- struct{}{}:
-			default:
-			}
+			s.lookThrough()
 		}
 	}
 	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
@@ -303,33 +309,70 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	s.manager.Want(snap)
 }
 
-// revokeSessions ends, after each change of the policy, the open sessions of callers
-// that it denies. Requests on idle connections are judged anew by themselves.
+// revokeSessions ends, after each change of the policy, what is open of callers that it
+// denies, and what is older than the operator allows.
 func (s *sidecar) revokeSessions(ctx context.Context) {
+	var aged <-chan time.Time
+	if age := s.conf.maxAge; age > 0 {
+		t := time.NewTicker(min(max(age/10, time.Second), time.Minute))
+		defer t.Stop()
+		aged = t.C
+	}
+	told := ""
 	for {
+		denied := s.agent.Denied
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.revoke:
+		case <-aged:
+			denied = func(from netip.AddrPort, waits bool) bool { return s.agent.Denied(from, waits) || s.tooOld(from) }
 		}
-		cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		workers := []haproxy.Worker{func(ctx context.Context, c string) (string, error) { return s.proc.Do(ctx, c, nil) }}
-		old, _ := s.proc.OldWorkers(cctx) // an error is that of the next command too
-		for _, pid := range old {
-			workers = append(workers, func(ctx context.Context, c string) (string, error) { return s.proc.DoOld(ctx, pid, c) })
-		}
-		ended, live, err := haproxy.EndSessions(cctx, workers, s.agent.Denied)
-		cancel()
-		s.revoked.Add(uint64(ended))
-		if err == nil {
-			s.agent.Forget(live)
-		} else if s.proc.Up() && ctx.Err() == nil {
-			s.log.Warn("cannot look through open sessions after a change of intentions", "error", err, "try", "nothing: the next change looks again")
-		}
-		if ended > 0 {
-			s.log.Info("ended open sessions of callers that are denied now", "sessions", ended)
+		err := s.endSessions(ctx, denied)
+		if err != nil && s.proc.Up() && ctx.Err() == nil && err.Error() != told {
+			told = err.Error()
+			s.log.Warn("cannot end everything that is open of callers that are denied now; what they ask next is denied", "error", err,
+				"try", "idle connections of a worker of another user need CAP_SYS_PTRACE")
 		}
 	}
+}
+
+func (s *sidecar) tooOld(from netip.AddrPort) bool {
+	since, ok := s.agent.Since(from)
+	return ok && s.conf.maxAge > 0 && time.Since(since) > s.conf.maxAge
+}
+
+func (s *sidecar) endSessions(ctx context.Context, denied func(netip.AddrPort, bool) bool) error {
+	snap := s.newest.Load()
+	if snap == nil || snap.Inbound.Port == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	workers := []haproxy.Worker{func(ctx context.Context, c string) (string, error) { return s.proc.Do(ctx, c, nil) }}
+	old, _ := s.proc.OldWorkers(ctx) // an error is that of the next command too
+	for _, pid := range old {
+		workers = append(workers, func(ctx context.Context, c string) (string, error) { return s.proc.DoOld(ctx, pid, c) })
+	}
+	http := snap.Inbound.Protocol.IsHTTP()
+	of := denied
+	if http { // a request that has begun is not cut for the age of its connection
+		of = s.agent.Denied
+	}
+	ended, live, err := haproxy.EndSessions(ctx, workers, of)
+	if err == nil {
+		s.agent.Forget(live)
+	}
+	if http { // a connection between two requests is no session
+		idle, e := s.proc.EndConnections(ctx, snap.Inbound.Port, func(from netip.AddrPort) bool { return !live[from] && denied(from, true) })
+		ended += idle
+		err = errors.Join(err, e)
+	}
+	s.revoked.Add(uint64(ended))
+	if ended > 0 {
+		s.log.Info("ended open sessions of callers that are denied now, or whose connection is too old", "sessions", ended)
+	}
+	return err
 }
 
 // watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the

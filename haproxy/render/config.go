@@ -57,6 +57,9 @@ type Options struct {
 	Originator    Originator
 	// ExplainDenials tells denied callers why, in a response header.
 	ExplainDenials bool
+	// MaxAge of a caller's connection, 0 for none: an answer after it closes the
+	// connection. Whoever wires this ends those that do not ask.
+	MaxAge time.Duration
 
 	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
 }

@@ -489,6 +489,10 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	} else {
 		b.add("http-request del-header %s", header)
 	}
+	if o.MaxAge > 0 {
+		b.add("tcp-request session set-var(sess.born) date()")
+		b.add("http-after-response set-header Connection close if { date(),sub(sess.born) ge %d }", int(o.MaxAge.Seconds()))
+	}
 	// Always set, never added: a caller cannot forge who called.
 	if in.CallerHeader != "" {
 		b.add("http-request set-header %s %%[var(%s%s)]", in.CallerHeader, sess, spoe.VarService)

@@ -46,7 +46,7 @@ const (
 	ArgHeaders        = "headers" // req.hdrs_bin
 	ArgSource         = "src"     // the caller's address and port, to find its session again
 	ArgPort           = "port"
-	ArgChain          = "chain" // the caller's certificates, DER, one after the other: wants VarXFCC
+	ArgChain          = "chain" // more certificates of the caller, DER, one after the other; also none wants VarXFCC
 	ArgQuery          = "query"
 
 	// Variables, in HAProxy under the prefix of the agent. Session scope:
@@ -78,6 +78,8 @@ type Options struct {
 	Count func(source string, d intentions.Decision) Counter
 	// Tokens verifies what intentions may require. Nil: a required token is never there.
 	Tokens intentions.Tokens
+	// Crowded asks for Forget: many addresses are remembered. It must not block.
+	Crowded func()
 	// Denied is told the first deny of each source, rule and generation.
 	Denied func(source string, d intentions.Decision)
 }
@@ -107,8 +109,21 @@ type Agent struct {
 
 // callers remembers who connected from which address, bounded.
 type callers struct {
-	mu sync.Mutex
-	by map[netip.AddrPort]certs.SPIFFEID
+	mu      sync.Mutex
+	by, old map[netip.AddrPort]known // old: what by was when it was full
+}
+
+type known struct {
+	id    certs.SPIFFEID
+	since time.Time
+}
+
+func (c *callers) get(from netip.AddrPort) (known, bool) {
+	who, ok := c.by[from]
+	if !ok {
+		who, ok = c.old[from]
+	}
+	return who, ok
 }
 
 const maxCallers = 4096 // in each of the parts
@@ -120,25 +135,42 @@ func (a *Agent) remember(from netip.AddrPort, id certs.SPIFFEID) {
 	c := a.callersOf(from)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.by == nil || len(c.by) >= maxCallers {
-		c.by = map[netip.AddrPort]certs.SPIFFEID{}
+	if who, ok := c.get(from); ok && who.id == id {
+		return
 	}
-	c.by[from] = id
+	if c.by == nil || len(c.by) >= maxCallers {
+		c.by, c.old = map[netip.AddrPort]known{}, c.by
+	}
+	c.by[from] = known{id, time.Now()}
+	if len(c.by) == maxCallers/2 && a.opt.Crowded != nil {
+		a.opt.Crowded()
+	}
 }
 
 // Denied reports whether the policy in force denies the session from this address.
 // A session of which nothing is known is denied, as who called must not be guessed,
 // unless it still waits to be let in: then the question is yet to come.
 func (a *Agent) Denied(from netip.AddrPort, waits bool) bool {
-	c := a.callersOf(from)
-	c.mu.Lock()
-	id, ok := c.by[from]
-	c.mu.Unlock()
+	who, ok := a.caller(from)
 	if !ok {
 		return !waits
 	}
-	d := a.Policy().Decide(id, nil)
+	d := a.Policy().Decide(who.id, nil)
 	return !d.Allow && !d.PerRequest
+}
+
+// Since is when the caller from this address was first asked about; ok is false if
+// that is not known.
+func (a *Agent) Since(from netip.AddrPort) (since time.Time, ok bool) {
+	who, ok := a.caller(from)
+	return who.since, ok
+}
+
+func (a *Agent) caller(from netip.AddrPort) (known, bool) {
+	c := a.callersOf(from)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.get(from)
 }
 
 // Forget drops every address but those of sessions that live.
@@ -146,12 +178,14 @@ func (a *Agent) Forget(live map[netip.AddrPort]bool) {
 	for i := range a.callers {
 		c := &a.callers[i]
 		c.mu.Lock()
-		if len(c.by) > maxCallers/2 {
-			for from := range c.by {
-				if !live[from] {
-					delete(c.by, from)
+		if len(c.by)+len(c.old) >= maxCallers/2 {
+			keep := map[netip.AddrPort]known{}
+			for from := range live {
+				if who, ok := c.get(from); ok && a.callersOf(from) == c {
+					keep[from] = who
 				}
 			}
+			c.by, c.old = keep, nil
 		}
 		c.mu.Unlock()
 	}
@@ -400,7 +434,7 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 		}
 		switch string(name) {
 		case MessageConnection:
-			ans := c.answer(m.cert, m.chain)
+			ans := c.answer(m.cert, m.chain, m.xfcc)
 			ans.counter.Inc()
 			if ans.valid && m.src.IsValid() {
 				c.agent.remember(netip.AddrPortFrom(m.src, m.port), ans.id)
@@ -417,6 +451,7 @@ func (c *conn) notify(out []byte, f frame) ([]byte, error) {
 
 type message struct {
 	cert, chain, method, path, query, headers []byte
+	xfcc                                      bool
 	src                                       netip.Addr
 	port                                      uint16
 }
@@ -432,7 +467,7 @@ func (m *message) set(key []byte, v value) {
 	case ArgHeaders:
 		m.headers = v.bytes
 	case ArgChain:
-		m.chain = v.bytes
+		m.chain, m.xfcc = v.bytes, true
 	case ArgQuery:
 		m.query = v.bytes
 	case ArgSource:
@@ -445,12 +480,15 @@ func (m *message) set(key []byte, v value) {
 }
 
 // answer finds or makes the answer for a certificate, and for the chain it came with
-// if that is asked for.
-func (c *conn) answer(der, chain []byte) *answer {
+// if X-Forwarded-Client-Cert is wanted.
+func (c *conn) answer(der, chain []byte, forward bool) *answer {
 	var key [sha256.Size]byte
 	c.hash.Reset()
 	c.hash.Write(der)
-	c.hash.Write(chain)
+	if forward {
+		c.hash.Write(forwarded)
+		c.hash.Write(chain)
+	}
 	c.hash.Sum(key[:0])
 	if ans, ok := c.answers[key]; ok {
 		return ans
@@ -479,7 +517,7 @@ func (c *conn) answer(der, chain []byte) *answer {
 	b = appendSetVar(b, scopeSession, VarSource, ans.source)
 	b = appendSetVar(b, scopeSession, VarService, ans.id.Service)
 	b = appendSetVar(b, scopeSession, VarReason, sentence(d.Reason))
-	if ans.valid && len(chain) > 0 {
+	if ans.valid && forward {
 		b = appendSetVar(b, scopeSession, VarXFCC, xfcc(cert, chain, ans.source))
 	}
 	ans.actions = appendSetVar(b, scopeSession, VarRule, printable(d.Rule))
@@ -491,11 +529,14 @@ func (c *conn) answer(der, chain []byte) *answer {
 	return ans
 }
 
+// forwarded tells answers with X-Forwarded-Client-Cert from those without.
+var forwarded = []byte("forwarded")
+
 // maxPayloads bounds what tokens add to one frame.
 const maxPayloads = 12 << 10
 
 func (c *conn) perRequest(out []byte, m *message) []byte {
-	ans := c.answer(m.cert, nil)
+	ans := c.answer(m.cert, nil, false)
 	d := intentions.Decision{Rule: "identity", Reason: "the certificate has no service identity"}
 	from := len(out)
 	if ans.valid {
@@ -551,12 +592,13 @@ func xfcc(cert *x509.Certificate, chain []byte, uri string) string {
 	sum := sha256.Sum256(cert.Raw)
 	var b strings.Builder
 	fmt.Fprintf(&b, `Hash=%x;Cert="%s";Chain="`, sum, encoded(cert.Raw))
-	if list, err := x509.ParseCertificates(chain); err == nil && len(list) > 0 {
+	b.WriteString(encoded(cert.Raw))
+	if list, err := x509.ParseCertificates(chain); err == nil {
 		for _, one := range list {
-			b.WriteString(encoded(one.Raw))
+			if !one.Equal(cert) { // a server's TLS library leaves the leaf out
+				b.WriteString(encoded(one.Raw))
+			}
 		}
-	} else {
-		b.WriteString(encoded(cert.Raw))
 	}
 	fmt.Fprintf(&b, `";Subject="%s";URI=%s`, printable(cert.Subject.String()), uri)
 	for _, name := range cert.DNSNames {

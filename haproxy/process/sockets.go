@@ -1,0 +1,85 @@
+package process
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// EndConnections shuts down accepted connections on a local port whose peer is to be
+// dropped, in every worker. HAProxy's commands only reach connections that have a
+// stream; one that is idle between two requests has none. The kernel lends us the
+// worker's descriptors (pidfd_getfd, Linux 5.6) as we are its parent: not being root
+// that needs nothing, being root CAP_SYS_PTRACE, as the worker has another user.
+func (p *Process) EndConnections(ctx context.Context, port int, drop func(from netip.AddrPort) bool) (ended int, err error) {
+	pids, _ := p.OldWorkers(ctx) // an error is that of the next command too
+	now, err := p.worker(ctx)
+	if err != nil {
+		return 0, err
+	}
+	for _, pid := range append(pids, strconv.Itoa(now)) {
+		n, e := endConnections(pid, port, drop)
+		ended += n
+		if e != nil && !errors.Is(e, unix.ESRCH) && !errors.Is(e, os.ErrNotExist) {
+			err = fmt.Errorf("idle connections of worker %s: %w", pid, e)
+		}
+	}
+	return ended, err
+}
+
+func endConnections(pid string, port int, drop func(netip.AddrPort) bool) (ended int, err error) {
+	n, err := strconv.Atoi(pid)
+	if err != nil {
+		return 0, err
+	}
+	handle, err := unix.PidfdOpen(n, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(handle)
+	dir := "/proc/" + pid + "/fd"
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	for _, e := range list {
+		if to, err := os.Readlink(dir + "/" + e.Name()); err != nil || !strings.HasPrefix(to, "socket:") {
+			continue
+		}
+		number, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		fd, err := unix.PidfdGetfd(handle, number, 0)
+		if errors.Is(err, unix.EBADF) {
+			continue // closed meanwhile
+		}
+		if err != nil {
+			return ended, err
+		}
+		local, _ := unix.Getsockname(fd)
+		peer, _ := unix.Getpeername(fd)
+		if address(local).Port() == uint16(port) && address(peer).IsValid() && drop(address(peer)) && unix.Shutdown(fd, unix.SHUT_RDWR) == nil {
+			ended++
+		}
+		unix.Close(fd)
+	}
+	return ended, nil
+}
+
+// address is the zero AddrPort for what is not TCP.
+func address(a unix.Sockaddr) netip.AddrPort {
+	switch s := a.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(s.Addr), uint16(s.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(s.Addr).Unmap(), uint16(s.Port))
+	}
+	return netip.AddrPort{}
+}
