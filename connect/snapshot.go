@@ -11,6 +11,7 @@
 package connect
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -102,6 +103,9 @@ type Inbound struct {
 	Expose              []ExposePath
 	Normalize           Normalize
 	SanitizeXFCC        bool // remove X-Forwarded-Client-Cert instead of setting it
+	// PermissivePort lets in plain TCP that was sent to this port before it was
+	// redirected to ours (MutualTLSMode permissive), no TLS, no intentions; 0: none.
+	PermissivePort int
 }
 
 // Normalize is what happens to a request before intentions look at it and the
@@ -162,6 +166,24 @@ func (l Listener) Clashes(o Listener) bool {
 	}
 	anywhere := func(a string) bool { return a == "0.0.0.0" || a == "::" }
 	return l.Port == o.Port && (l.Address == o.Address || anywhere(l.Address) || anywhere(o.Address))
+}
+
+// Warnings say where the application can be reached without mutual TLS and intentions.
+func (in *Inbound) Warnings() (out []string) {
+	if in.Port == 0 {
+		return nil
+	}
+	const anybody = ": no TLS, no intentions, anybody who reaches it is let in"
+	if in.UnsecuredPort != 0 {
+		out = append(out, fmt.Sprintf("unsecured_bind_port is open, port %d%s", in.UnsecuredPort, anybody))
+	}
+	if in.PermissivePort != 0 {
+		out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", in.PermissivePort, anybody))
+	}
+	for _, e := range in.Expose {
+		out = append(out, fmt.Sprintf("path %s is exposed on port %d%s", quote(e.Path), e.ListenPort, anybody))
+	}
+	return out
 }
 
 // Listeners are what the inbound side listens on.

@@ -162,6 +162,7 @@ type statusReport struct {
 	Last      string            `json:"last_reload,omitempty"`
 	Commands  uint64            `json:"runtime_commands"`
 	Error     string            `json:"error,omitempty"`
+	Warnings  []string          `json:"warnings,omitempty"`
 	Ignored   []string          `json:"ignored"`
 	Policy    string            `json:"policy_generation,omitempty"`
 	Old       int               `json:"old_workers"`
@@ -202,6 +203,7 @@ func (s *sidecar) status() statusReport {
 	out.Leaf = map[string]string{"serial": snap.Leaf.Serial, "until": snap.Leaf.NotAfter.UTC().Format(time.RFC3339),
 		"left": time.Until(snap.Leaf.NotAfter).Round(time.Second).String(), "key": snap.Leaf.KeyKind()}
 	out.Roots = snap.Roots.Count
+	out.Warnings = snap.Inbound.Warnings()
 	for _, u := range snap.Upstreams {
 		one := statusUpstream{Name: u.Name, Protocol: string(u.Protocol), Target: u.Target.Name, Listen: u.Listen.SocketPath, Expects: []string{}, Endpoints: []statusEndpoint{}}
 		if one.Listen == "" {

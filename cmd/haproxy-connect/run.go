@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -300,8 +301,10 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 			s.log.Warn(n.String())
 		}
 	}
-	if p := snap.Inbound.UnsecuredPort; p != 0 && (old == nil || old.Inbound.UnsecuredPort != p) {
-		s.log.Warn("unsecured_bind_port is open: no TLS, no intentions, anybody who reaches it is let in", "port", p)
+	for _, w := range snap.Inbound.Warnings() {
+		if old == nil || !slices.Contains(old.Inbound.Warnings(), w) {
+			s.log.Warn(w)
+		}
 	}
 	if old == nil || old.Leaf != snap.Leaf {
 		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
@@ -514,7 +517,7 @@ func (s *sidecar) drainInbound(ctx context.Context) {
 	var fronts []string
 	for _, sec := range running.Sections {
 		name, ok := strings.CutPrefix(sec.Name, "frontend ")
-		if ok && (name == "public" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
+		if ok && (name == "public" || name == "permissive" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
 			fronts = append(fronts, name)
 			if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
 				return

@@ -359,11 +359,14 @@ func (w *world) cmdPort(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// app NAME tcp|banner|http|http2|socket: an application that answers with its
+// app NAME tcp|banner|http|http2|socket [ADDR]: an application that answers with its
 // name, on $NAME_PORT. What it received is counted.
 func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
-	name, kind := args[0], args[1]
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	name, kind, addr := args[0], args[1], "127.0.0.1:0"
+	if len(args) > 2 {
+		addr = args[2]
+	}
+	ln, err := net.Listen("tcp", addr)
 	if kind == "socket" {
 		ln, err = net.Listen("unix", filepath.Join(w.dir, name+".sock"))
 		kind = "http"

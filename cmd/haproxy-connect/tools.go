@@ -358,10 +358,10 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 	fmt.Fprintln(w, "\nUPSTREAM\tPROTOCOL\tLISTEN\tENDPOINT\tNODE\tWEIGHT")
 	for _, u := range s.Upstreams {
 		if len(u.Endpoints) == 0 {
-			fmt.Fprintf(w, "%s\t%s\t%s\tnone\t\t\n", u.Name, u.Protocol, u.Listen)
+			fmt.Fprintf(w, "%s\t%s\t%s\tnone\t\t\n", u.Name, u.Protocol, label(u.Listen))
 		}
 		for _, e := range u.Endpoints {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\n", u.Name, u.Protocol, u.Listen, e.Address, e.Node, e.Weight)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\n", u.Name, u.Protocol, label(u.Listen), label(e.Address), label(e.Node), e.Weight)
 		}
 	}
 	if err := w.Flush(); err != nil {
@@ -371,6 +371,9 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 		if f.Error != "" {
 			fmt.Fprintf(out, "Consul, %s: %s\n", f.Name, f.Error)
 		}
+	}
+	for _, i := range s.Warnings {
+		fmt.Fprintln(out, "WARNING:", i)
 	}
 	for _, i := range s.Ignored {
 		fmt.Fprintln(out, i)

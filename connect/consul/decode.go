@@ -372,7 +372,7 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 		n.Add(where, "expose.checks", "true", "Consul's HTTP API does not tell the path of a check; use expose.paths")
 	}
 	if p.Mode == api.ProxyModeTransparent {
-		n.Add(where, "mode", string(p.Mode), "transparent proxying is not supported; declare each upstream with a port")
+		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
 	}
 	if p.AccessLogs != nil && p.AccessLogs.Enabled {
 		n.Add(where, "access_logs", "", "the access log is set by -access-log")

@@ -69,6 +69,8 @@ type state struct {
 	policy    *intentions.Policy
 	policyFor intentions.Config
 
+	tlsMode map[string]api.MutualTLSMode // by kind of config entry
+
 	providers       []*intentions.Provider
 	providerNotices connect.Notices
 	dirty           bool
@@ -92,12 +94,12 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 	ctx, cancel := context.WithCancel(ctx)
 	defer w.wg.Wait()
 	defer cancel()
-	st := &state{answers: map[string]*resolved{}, ups: map[string]*connect.Upstream{}}
+	st := &state{tlsMode: map[string]api.MutualTLSMode{}, answers: map[string]*resolved{}, ups: map[string]*connect.Upstream{}}
 	w.start(ctx, "registration", w.fetchService(ctx))
 	w.start(ctx, "roots", w.fetchRoots)
 	w.start(ctx, "mesh", w.fetchMesh)
 	var identityStarted string
-	providersStarted := false
+	providersStarted, modeStarted := false, false
 	stopIdentity := func() {}
 	defer func() { stopIdentity() }()
 	// The first snapshot waits a moment for slow upstreams: without it the first
@@ -141,6 +143,11 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 		if !providersStarted && slices.ContainsFunc(st.matched, requiresToken) {
 			providersStarted = true
 			w.start(ctx, "jwt providers", w.fetchProviders)
+		}
+		if st.service.Proxy.Mode == api.ProxyModeTransparent && !modeStarted {
+			modeStarted = true
+			w.start(ctx, "service-defaults", w.fetchTLSMode(api.ServiceDefaults, st.proxy.Service))
+			w.start(ctx, "proxy-defaults", w.fetchTLSMode(api.ProxyDefaults, api.ProxyConfigGlobal))
 		}
 		w.syncUpstreams(ctx, st)
 		if st.dirty {
@@ -710,6 +717,9 @@ func (st *state) snapshot() *connect.Snapshot {
 	snap := &connect.Snapshot{Proxy: st.proxy, Inbound: st.inbound, Leaf: st.leaf, Roots: st.roots}
 	notices := append(slices.Clone(st.notices), st.providerNotices...)
 	snap.Inbound.Normalize, snap.Inbound.SanitizeXFCC = st.mesh.decode(&notices)
+	if st.permissive() {
+		snap.Inbound.PermissivePort = st.service.Proxy.LocalServicePort
+	}
 	next := make(map[string]*connect.Upstream, len(st.declared))
 	for i := range st.declared {
 		d := &st.declared[i]

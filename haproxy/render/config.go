@@ -173,6 +173,7 @@ const (
 	StatsSocket  = "sock/stats"
 	AdminSocket  = "sock/admin"
 	AuthzSocket  = "sock/authz"
+	PublicSocket = "sock/public" // of the public frontend, when another one is before it
 	MasterSocket = "sock/master" // made by the process, not by the configuration
 	slotDir      = "sock/"
 )

@@ -117,6 +117,9 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		add(o.authz(), "the agent that knows the intentions", nil)
 		b, e := o.public(s)
 		add(b, "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions", e)
+		for _, b := range o.permissive(&s.Inbound) {
+			add(b, "WARNING: permissive mutual TLS, plain connections are let in without intentions", nil)
+		}
 		if s.Inbound.UnsecuredPort != 0 {
 			add(o.unsecured(&s.Inbound), "WARNING: unsecured_bind_port, no TLS and no intentions", nil)
 		}
@@ -415,6 +418,9 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	if err != nil {
 		return nil, err
 	}
+	if in.PermissivePort != 0 { // another listener has it, which tells TLS from the rest
+		listen = "unix@" + o.path(PublicSocket) + o.owned() + " accept-proxy"
+	}
 	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", listen, o.path(LeafList), o.path(RootsFile), alpn)
 	b.add("timeout client %s", ms(in.LocalIdleTimeout))
 	if in.MaxConnections > 0 {
@@ -577,6 +583,31 @@ func (o *Options) log(b *builder, http bool) {
 	default:
 		b.add("no log")
 	}
+}
+
+// permissive is the listener before the public one that lets in plain TCP to the
+// application's own port (before it was redirected here), for services that are on
+// their way into the mesh.
+func (o *Options) permissive(in *connect.Inbound) []*builder {
+	if in.PermissivePort == 0 {
+		return nil
+	}
+	front := section("frontend", "permissive").add("mode tcp").
+		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(in.Port))).
+		add("timeout client %s", ms(in.LocalIdleTimeout))
+	o.log(front, false)
+	const hello = "{ req.ssl_hello_type 1 }"
+	front.add("tcp-request inspect-delay 5s"). // a client that waits for the server to speak first
+							add("tcp-request content accept if %s", hello).
+							add("tcp-request content reject unless { dst_port eq %d }", in.PermissivePort).
+							add("use_backend permissive_tls if %s", hello).
+							add("default_backend permissive_app")
+	tls := section("backend", "permissive_tls").add("mode tcp").add("timeout server %s", ms(in.LocalIdleTimeout)).
+		add("server public unix@%s send-proxy-v2", o.path(PublicSocket))
+	app := section("backend", "permissive_app").add("mode tcp").add("timeout connect %s", ms(in.LocalConnectTimeout)).
+		add("timeout server %s", ms(in.LocalIdleTimeout)).
+		word("server app", "local application's address", net.JoinHostPort(in.Local.Address, strconv.Itoa(in.Local.Port)))
+	return []*builder{front, tls, app}
 }
 
 // unsecured is the 2018 demo's plain listener: never a mesh caller.
