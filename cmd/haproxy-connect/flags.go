@@ -316,7 +316,7 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
 	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, HardStopAfter: c.hardStop,
-		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, LuaBool: b.Version.Features().LuaBool}
+		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, LuaBool: b.Version.Features().LuaBool, SPOP: b.Version.Features().SPOP}
 }
 
 // dir is the run directory of a proxy.

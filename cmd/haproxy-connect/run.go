@@ -492,7 +492,7 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	}
 	f := s.binary.Version.Features()
 	begun := time.Now()
-	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, MaxConn: 100},
+	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, SPOP: f.SPOP, MaxConn: 100},
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {

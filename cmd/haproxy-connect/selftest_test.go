@@ -68,7 +68,7 @@ func TestSelfTest(t *testing.T) {
 			dir := filepath.Join(shortDir(t), "run")
 			require.NoError(t, process.PrepareDir(dir, account))
 			f := bin.Version.Features()
-			err = haproxy.SelfTest(ctx, dir, render.Options{User: account.User, Group: account.Group, LuaBool: f.LuaBool},
+			err = haproxy.SelfTest(ctx, dir, render.Options{User: account.User, Group: account.Group, LuaBool: f.LuaBool, SPOP: f.SPOP},
 				func(d string) error { return process.OwnSocketDir(d, account) },
 				func(ctx context.Context, file string) (func(), error) { return bin.Once(ctx, dir, file) })
 			if err != nil {

@@ -42,6 +42,7 @@ type Features struct {
 	SyncReload    bool // 3.0: `reload` on the master socket answers when it is done
 	WaitRemovable bool // 3.0: `wait ... srv-removable`
 	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
+	SPOP          bool // 3.1: mode spop
 	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
 }
 
@@ -51,6 +52,7 @@ func (v Version) Features() Features {
 		SyncReload:    !v.Less(3, 0, 0),
 		WaitRemovable: !v.Less(3, 0, 0),
 		LuaBool:       !v.Less(3, 1, 0),
+		SPOP:          !v.Less(3, 1, 0),
 		CACommit:      !v.Less(3, 2, 8),
 	}
 }
@@ -61,7 +63,7 @@ func (f Features) Names() []string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.CACommit, "ca-commit"}} {
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
 		if x.on {
 			out = append(out, x.name)
 		}

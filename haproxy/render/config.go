@@ -62,6 +62,7 @@ type Options struct {
 	MaxAge time.Duration
 
 	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
+	SPOP    bool // the version has mode spop (3.1+), and keeps connections to the agent only in it
 }
 
 // Config is what HAProxy should run. Treat as read-only.

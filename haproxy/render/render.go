@@ -349,8 +349,12 @@ func (o *Options) admin() *builder {
 }
 
 func (o *Options) authz() *builder {
+	mode := "tcp"
+	if o.SPOP {
+		mode = "spop"
+	}
 	return section("backend", "authz").
-		add("mode tcp").
+		add("mode %s", mode).
 		add("timeout connect 1s").
 		add("timeout server 24h").
 		add("server agent unix@%s", o.path(AuthzSocket))

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -370,5 +371,64 @@ func BenchmarkAnswer(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// BenchmarkAgent is the agent alone, over its socket as HAProxy uses it: a few
+// connections, each with one question at a time.
+func BenchmarkAgent(b *testing.B) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	ln, err := net.Listen("unix", filepath.Join(b.TempDir(), "s"))
+	require.NoError(b, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- a.Serve(ctx, ln) }()
+	defer func() {
+		cancel()
+		<-done
+	}()
+	const clients = 4
+	raw := notifyConnection(1, caller(b, "web"))
+	var mu sync.Mutex
+	var all []time.Duration
+	var wg sync.WaitGroup
+	b.ResetTimer()
+	for range clients {
+		c, err := net.Dial("unix", ln.Addr().String())
+		require.NoError(b, err)
+		defer c.Close()
+		h := &haproxy{t: b, c: c, b: make([]byte, maxFrame)}
+		h.send(helloFrame(false))
+		_, err = readFrame(c, h.b)
+		require.NoError(b, err)
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			times := make([]time.Duration, 0, b.N/clients)
+			buf := make([]byte, 64<<10)
+			for range b.N / clients {
+				begun := time.Now()
+				if _, err := c.Write(raw); err != nil {
+					b.Error(err)
+					return
+				}
+				if _, err := c.Read(buf); err != nil {
+					b.Error(err)
+					return
+				}
+				times = append(times, time.Since(begun))
+			}
+			mu.Lock()
+			all = append(all, times...)
+			mu.Unlock()
+		}()
+	}
+	wg.Wait()
+	b.StopTimer()
+	if len(all) > 0 {
+		slices.Sort(all)
+		b.ReportMetric(float64(len(all))/b.Elapsed().Seconds(), "decisions/s")
+		b.ReportMetric(float64(all[len(all)*99/100].Microseconds()), "p99-us")
 	}
 }
