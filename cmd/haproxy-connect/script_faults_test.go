@@ -242,6 +242,38 @@ func (w *world) cmdApplyTime(ts *testscript.TestScript, _ bool, args []string) {
 	fmt.Printf("measured: HAProxy %s: %s endpoints, the last served %s after Consul took it\n", w.version, args[1], time.Since(begun).Round(time.Millisecond))
 }
 
+// toggle ADMIN N FILE FILE: registers the two in turn, each once the reload for the one
+// before has come.
+func (w *world) cmdToggle(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	count := func() (sum int) {
+		res, err := http.Get("http://" + args[0] + "/status.json")
+		if err != nil {
+			return 0
+		}
+		defer res.Body.Close()
+		var got struct{ Reloads map[string]int }
+		_ = json.NewDecoder(res.Body).Decode(&got)
+		for _, c := range got.Reloads {
+			sum += c
+		}
+		return sum
+	}
+	for i := range n {
+		before := count()
+		w.cmdRegister(ts, false, args[2+i%2:3+i%2])
+		if err := eventually(patience, func() error {
+			if count() == before {
+				return errors.New("no reload")
+			}
+			return nil
+		}); err != nil {
+			ts.Fatalf("toggle %d: %v\n%s", i, err, w.allLogs())
+		}
+	}
+}
+
 // small-disk DIR: a file system of 3 MB; full DIR fills it to the last byte.
 func (w *world) cmdSmallDisk(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.MkdirAll(args[0], 0o755))
