@@ -29,7 +29,7 @@ test: deps build lint race fuzz
 	CHECK=1 testdata/demo/demo.sh
 
 race:
-	go test -race -count=1 -timeout 60m -parallel 2 ./...
+	go test -race -count=1 -timeout 60m -parallel 3 ./...
 
 # The same without scripts: seconds.
 unit:

@@ -12,6 +12,7 @@ package certs
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
@@ -106,7 +107,14 @@ type Roots struct {
 	PEM         string // every root, sorted by fingerprint, no blank lines
 	Fingerprint string // SHA-256 of PEM, hexadecimal
 	Count       int
+	List        []Root // sorted by NotAfter
 	pool        *x509.CertPool
+}
+
+// Root is one of them, for people.
+type Root struct {
+	Name     string
+	NotAfter time.Time
 }
 
 // ParseRoots takes the PEM of each root. An entry without a certificate, or none
@@ -117,6 +125,7 @@ func ParseRoots(trustDomain string, pems []string) (*Roots, error) {
 	}
 	seen := map[string]bool{}
 	var blocks []string
+	var list []Root
 	pool := x509.NewCertPool()
 	for i, p := range pems {
 		text, err := normalizePEM(p, "CERTIFICATE")
@@ -137,6 +146,7 @@ func ParseRoots(trustDomain string, pems []string) (*Roots, error) {
 				seen[one] = true
 				blocks = append(blocks, one)
 				pool.AddCert(cert)
+				list = append(list, Root{cert.Subject.CommonName, cert.NotAfter})
 			}
 		}
 	}
@@ -144,9 +154,10 @@ func ParseRoots(trustDomain string, pems []string) (*Roots, error) {
 		return nil, errors.New("no root certificate")
 	}
 	slices.Sort(blocks)
+	slices.SortFunc(list, func(a, b Root) int { return cmp.Or(a.NotAfter.Compare(b.NotAfter), strings.Compare(a.Name, b.Name)) })
 	all := strings.Join(blocks, "")
 	sum := sha256.Sum256([]byte(all))
-	return &Roots{TrustDomain: trustDomain, PEM: all, Fingerprint: hex.EncodeToString(sum[:]), Count: len(blocks), pool: pool}, nil
+	return &Roots{TrustDomain: trustDomain, PEM: all, Fingerprint: hex.EncodeToString(sum[:]), Count: len(blocks), List: list, pool: pool}, nil
 }
 
 // Includes reports whether every root of o is still one of these.

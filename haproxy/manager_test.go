@@ -85,6 +85,12 @@ func (f *fakeProxy) Replace(context.Context) error {
 	return nil
 }
 
+func (f *fakeProxy) replacements() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.replaced
+}
+
 func (f *fakeProxy) Up() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -345,11 +351,11 @@ func TestRunDirectoryIsRestored(t *testing.T) {
 		time.Sleep(1100 * time.Millisecond)
 		synctest.Wait()
 		require.FileExists(t, filepath.Join(dir, render.LeafFile))
-		require.Zero(t, b.proxy.replaced, "the sockets are there")
+		require.Zero(t, b.proxy.replacements(), "the sockets are there")
 		require.NoError(t, os.RemoveAll(dir))
 		time.Sleep(1100 * time.Millisecond)
 		synctest.Wait()
-		require.Equal(t, 1, b.proxy.replaced)
+		require.Equal(t, 1, b.proxy.replacements())
 		disk, err := os.ReadFile(b.proxy.file)
 		require.NoError(t, err)
 		require.Equal(t, 1, endpointLines(string(disk)))

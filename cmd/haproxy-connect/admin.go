@@ -2,19 +2,25 @@ package main
 
 import (
 	"context"
+	"embed"
+	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
@@ -28,6 +34,7 @@ func (s *sidecar) listenAdmin(ctx context.Context, g *errgroup.Group) (string, e
 		return "", usagef("-admin-addr %q: cannot listen: %v; give another, or an empty one for none", s.conf.adminAddr, errors.Unwrap(err))
 	}
 	mux := http.NewServeMux()
+	servePage(mux)
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /ready", s.ready)
 	mux.HandleFunc("GET /status.json", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, s.status()) })
@@ -125,6 +132,25 @@ type statusEndpoint struct {
 	Node    string `json:"node"`
 	Address string `json:"address"`
 	Weight  int    `json:"weight"`
+	// Of HAProxy's statistics, since it was last started or reloaded:
+	Health   string `json:"health,omitempty"`
+	Sessions int    `json:"sessions"`
+	Latency  int    `json:"latency_ms"`
+	Answers  bool   `json:"answers"`
+	Verified bool   `json:"verified"` // it has sent something, which nobody does before its identity was verified
+}
+
+type statusCaller struct {
+	Source  string `json:"source"`
+	Allowed uint64 `json:"allowed"`
+	Denied  uint64 `json:"denied"`
+	Rule    string `json:"rule,omitempty"` // of the last deny
+	Reason  string `json:"reason,omitempty"`
+}
+
+type statusRoot struct {
+	Name  string    `json:"name"`
+	Until time.Time `json:"until"`
 }
 
 type statusUpstream struct {
@@ -156,6 +182,9 @@ type statusReport struct {
 	Protocol  string            `json:"protocol,omitempty"`
 	Leaf      map[string]string `json:"leaf,omitempty"`
 	Roots     int               `json:"roots,omitempty"`
+	RootList  []statusRoot      `json:"root_list,omitempty"`
+	Callers   []statusCaller    `json:"callers,omitempty"`
+	Refusals  uint64            `json:"identity_refusals"`
 	Upstreams []statusUpstream  `json:"upstreams"`
 	Feeds     []statusFeed      `json:"consul"`
 	Reloads   map[string]uint64 `json:"reloads"`
@@ -203,6 +232,11 @@ func (s *sidecar) status() statusReport {
 	out.Leaf = map[string]string{"serial": snap.Leaf.Serial, "until": snap.Leaf.NotAfter.UTC().Format(time.RFC3339),
 		"left": time.Until(snap.Leaf.NotAfter).Round(time.Second).String(), "key": snap.Leaf.KeyKind()}
 	out.Roots = snap.Roots.Count
+	for _, root := range snap.Roots.List {
+		out.RootList = append(out.RootList, statusRoot{root.Name, root.NotAfter})
+	}
+	out.Callers, out.Refusals = s.metrics.list(), s.proc.Refusals()
+	stats := s.endpointStats(ctx)
 	out.Warnings = snap.Inbound.Warnings()
 	for _, u := range snap.Upstreams {
 		one := statusUpstream{Name: u.Name, Protocol: string(u.Protocol), Target: u.Target.Name, Listen: u.Listen.SocketPath, Expects: []string{}, Endpoints: []statusEndpoint{}}
@@ -213,8 +247,9 @@ func (s *sidecar) status() statusReport {
 			one.Expects = append(one.Expects, id.String())
 		}
 		for _, e := range u.Target.Endpoints {
-			one.Endpoints = append(one.Endpoints, statusEndpoint{e.ID, e.Node, fmt.Sprintf("%s:%d", e.Address, e.Port), e.Weight})
+			one.Endpoints = append(one.Endpoints, statusEndpoint{Name: e.ID, Node: e.Node, Address: fmt.Sprintf("%s:%d", e.Address, e.Port), Weight: e.Weight})
 		}
+		known(one.Endpoints, u, st.Running, stats)
 		out.Upstreams = append(out.Upstreams, one)
 	}
 	for _, n := range snap.Notices {
@@ -222,6 +257,94 @@ func (s *sidecar) status() statusReport {
 	}
 	out.Ignored = append(out.Ignored, st.Refused...)
 	return out
+}
+
+//go:embed page
+var page embed.FS
+
+// servePage serves the status page: files of ours, which read /status.json.
+func servePage(mux *http.ServeMux) {
+	files, err := fs.Sub(page, "page")
+	if err != nil {
+		panic(err) // embedded
+	}
+	server := http.FileServerFS(files)
+	for _, path := range []string{"GET /{$}", "GET /page.css", "GET /page.js"} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			h := w.Header()
+			h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
+			h.Set("X-Content-Type-Options", "nosniff")
+			h.Set("Referrer-Policy", "no-referrer")
+			h.Set("Cache-Control", "no-cache")
+			server.ServeHTTP(w, r)
+		})
+	}
+}
+
+// endpointStats reads HAProxy's statistics of servers, by backend and server name.
+func (s *sidecar) endpointStats(ctx context.Context) map[string]map[string]string {
+	if !s.proc.Up() {
+		return nil
+	}
+	all := map[string]map[string]string{}
+	rows, _ := s.haproxyStats(ctx, 4) // without them the page says "unknown"
+	for _, row := range rows {
+		all[row["pxname"]+"/"+row["svname"]] = row
+	}
+	return all
+}
+
+// haproxyStats reads `show stat`: of frontends (1), backends (2) or servers (4).
+func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]string, error) {
+	out, err := s.proc.Do(ctx, fmt.Sprintf("show stat -1 %d -1", kind), nil)
+	if err != nil {
+		return nil, err
+	}
+	lines := csv.NewReader(strings.NewReader(strings.TrimSpace(strings.TrimPrefix(out, "# "))))
+	lines.FieldsPerRecord = -1
+	head, err := lines.Read()
+	if err != nil {
+		return nil, fmt.Errorf("show stat: %w", err)
+	}
+	var rows []map[string]string
+	for {
+		line, err := lines.Read()
+		if errors.Is(err, io.EOF) {
+			return rows, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("show stat: %w", err)
+		}
+		row := make(map[string]string, len(head))
+		for i, name := range head {
+			if i < len(line) {
+				row[name] = line[i]
+			}
+		}
+		rows = append(rows, row)
+	}
+}
+
+// known completes endpoints by HAProxy's statistics of the servers that stand for them.
+func known(list []statusEndpoint, u *connect.Upstream, running *render.Config, stats map[string]map[string]string) {
+	if running == nil {
+		return
+	}
+	sec := running.Find("backend " + u.Target.Name)
+	if sec == nil || len(sec.Servers) != len(list) {
+		return // a change is on its way
+	}
+	for i := range list {
+		row := stats[u.Target.Name+"/"+sec.Servers[i].Name]
+		list[i].Health = row["status"]
+		list[i].Sessions, _ = strconv.Atoi(row["scur"])
+		answered, _ := strconv.Atoi(row["bout"])
+		list[i].Answers, list[i].Verified = answered > 0, answered > 0
+		list[i].Latency, _ = strconv.Atoi(row["ttime"])
+		if u.Protocol.IsHTTP() {
+			list[i].Latency, _ = strconv.Atoi(row["rtime"])
+		}
+	}
 }
 
 func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {

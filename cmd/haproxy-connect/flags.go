@@ -37,6 +37,7 @@ type config struct {
 
 	explainDenials bool
 	maxAge         time.Duration
+	appTimeout     time.Duration
 	drain          time.Duration
 	hardStop       time.Duration
 	logLevel       string
@@ -99,6 +100,7 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	fs.BoolVar(&c.explainDenials, "explain-denials", false, "tell denied HTTP callers why, in the response header X-Denied-Reason")
 	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
 	fs.DurationVar(&c.drain, "drain-timeout", 30*time.Second, "how long open sessions may go on after a stop: `duration`")
+	fs.DurationVar(&c.appTimeout, "app-timeout", 30*time.Second, "how long the application after -- may take to end: `duration`")
 	fs.DurationVar(&c.hardStop, "hard-stop-after", 30*time.Minute, "how long sessions of a replaced HAProxy worker may go on: `duration`")
 	str(&c.logLevel, "log-level", "info", "`debug|info|warn|error`")
 	fs.BoolVar(&c.logJSON, "log-json", false, "log in JSON")
@@ -254,6 +256,9 @@ func (c *config) validate() error {
 	}
 	if c.drain < 0 || c.drain > 24*time.Hour {
 		return usagef("-drain-timeout %s: want 0s to 24h", c.drain)
+	}
+	if c.appTimeout < 0 || c.appTimeout > 24*time.Hour {
+		return usagef("-app-timeout %s: want 0s to 24h", c.appTimeout)
 	}
 	if c.hardStop < time.Second || c.hardStop > 24*24*time.Hour {
 		return usagef("-hard-stop-after %s: want 1s to 576h", c.hardStop)

@@ -59,6 +59,7 @@ func realMain(args []string, out, errw io.Writer) int {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(signals)
+	go reapOrphans(context.Background())
 	go func() {
 		s := <-signals
 		stop(fmt.Errorf("signal %v", s))
@@ -85,6 +86,8 @@ func realMain(args []string, out, errw io.Writer) int {
 
 const usage = `Usage: haproxy-connect -sidecar-for ID [flags]      run the sidecar of a service
        haproxy-connect -proxy-id ID [flags]         run this registered proxy
+       haproxy-connect -sidecar-for ID [flags] -- command args
+                                                    also run the application: from ready to drained
        haproxy-connect -register -service NAME -port PORT [-upstream name:port] [flags]
        haproxy-connect render|check|status|wait|drain|version [flags]
 

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,7 +30,7 @@ type metrics struct {
 	authz    *prometheus.CounterVec
 
 	mu      sync.Mutex
-	callers map[string]bool
+	callers map[string]*seen
 
 	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, revoked, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
 }
@@ -38,7 +41,7 @@ func newMetrics(s *sidecar) *metrics {
 		return prometheus.NewDesc(ns+name, help, labels, nil)
 	}
 	m := &metrics{
-		side: s, registry: prometheus.NewRegistry(), callers: map[string]bool{},
+		side: s, registry: prometheus.NewRegistry(), callers: map[string]*seen{},
 		authz: prometheus.NewCounterVec(prometheus.CounterOpts{Name: ns + "authorizations_total",
 			Help: "Verdicts by caller's SPIFFE ID, verdict and the rule that decided."}, []string{"source", "verdict", "rule"}),
 		reloads:     d("reloads_total", "Reloads of HAProxy by reason.", "reason"),
@@ -73,16 +76,70 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 	case d.Allow:
 		verdict = spoe.Allow
 	}
-	m.mu.Lock()
-	if !m.callers[source] {
-		if len(m.callers) < maxCallers {
-			m.callers[source] = true
-		} else {
-			source = "others"
-		}
+	who := m.caller(source)
+	if who.other {
+		source = "others"
 	}
-	m.mu.Unlock()
-	return m.authz.WithLabelValues(source, verdict, d.Rule)
+	one := &tally{prom: m.authz.WithLabelValues(source, verdict, d.Rule), n: &who.allowed}
+	switch verdict {
+	case spoe.Deny:
+		one.n = &who.denied
+	case spoe.Ask: // what it asks is counted
+		one.n = &who.asked
+	}
+	return one
+}
+
+// seen is what is known of one caller.
+type seen struct {
+	source                 string
+	other                  bool // stands for callers beyond maxCallers
+	allowed, denied, asked atomic.Uint64
+	last                   atomic.Pointer[intentions.Decision] // deny
+}
+
+// tally counts for Prometheus and for the status page.
+type tally struct {
+	prom prometheus.Counter
+	n    *atomic.Uint64
+}
+
+func (t *tally) Inc() {
+	t.prom.Inc()
+	t.n.Add(1)
+}
+
+func (m *metrics) caller(source string) *seen {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	who := m.callers[source]
+	if who == nil && len(m.callers) >= maxCallers {
+		source = "others"
+		who = m.callers[source]
+	}
+	if who == nil {
+		who = &seen{source: source, other: source == "others"}
+		m.callers[source] = who
+	}
+	return who
+}
+
+// denied keeps why a caller was denied.
+func (m *metrics) denied(source string, d intentions.Decision) { m.caller(source).last.Store(&d) }
+
+// list is every caller, sorted by name.
+func (m *metrics) list() (out []statusCaller) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, who := range m.callers {
+		one := statusCaller{Source: who.source, Allowed: who.allowed.Load(), Denied: who.denied.Load()}
+		if d := who.last.Load(); d != nil {
+			one.Rule, one.Reason = d.Rule, d.Reason
+		}
+		out = append(out, one)
+	}
+	slices.SortFunc(out, func(a, b statusCaller) int { return strings.Compare(a.Source, b.Source) })
+	return out
 }
 
 // Describe implements prometheus.Collector.

@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,6 +40,7 @@ var urgent, hurry = context.WithCancel(context.Background())
 // sidecar is one running sidecar: what the admin listener shows.
 type sidecar struct {
 	conf    *config
+	app     *app // nil unless we run the application
 	log     *slog.Logger
 	out     io.Writer
 	begun   time.Time
@@ -77,6 +80,18 @@ func (s *sidecar) waiting(what string) { s.phase.Store(&what) }
 
 func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
+	var app []string
+	if i := slices.Index(args, "--"); i >= 0 {
+		args, app = args[:i], args[i+1:]
+		if len(app) == 0 {
+			return usagef("--: want a command after it")
+		}
+		path, err := exec.LookPath(app[0])
+		if err != nil {
+			return usagef("-- %q: not found or not executable", app[0])
+		}
+		app = append([]string{path}, app[1:]...)
+	}
 	fs := newFlags("haproxy-connect", &c, errw)
 	version := fs.Bool("version", false, "print versions and exit")
 	if err := parse(fs, &c, args); err != nil {
@@ -86,7 +101,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 		return printVersion(ctx, &c, out)
 	}
 	if len(c.args) > 0 {
-		return usagef("unexpected argument %q", c.args[0])
+		return usagef("unexpected argument %q; an application to run comes after --", c.args[0])
 	}
 	if err := c.validate(); err != nil {
 		return err
@@ -95,11 +110,14 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
+	s := &sidecar{app: newApp(app, errw), conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
-	return s.run(ctx)
+	if err := s.run(ctx); err != nil || s.app == nil {
+		return err
+	}
+	return s.app.exit()
 }
 
 // run starts in the order of the design, and stops in the reverse.
@@ -252,12 +270,19 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
 	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
 	control.Go(func() error { s.revokeSessions(controlCtx); return nil })
+	control.Go(func() error { s.comeBack(controlCtx, id); return nil })
+	if s.app != nil {
+		control.Go(func() error { s.runApp(controlCtx); return nil })
+	}
 	s.log.Info("sidecar starts", "proxy", id, "haproxy", s.binary.Version, "run_dir", s.dir, "agent", s.client.Addr())
 	err = control.Wait() // ctx ended, or a part failed
 
 	s.stopping.Store(true)
 	s.log.Info("stopping", "cause", context.Cause(ctx), "drain_timeout", s.conf.drain)
-	s.drainInbound(dataCtx)
+	s.drainInbound(dataCtx, id)
+	if s.app != nil { // it may still need its upstreams to finish
+		s.app.stop(dataCtx, s.conf.appTimeout, s.log)
+	}
 	s.proc.Drain(2 * time.Second)
 	if e := <-procDone; err == nil {
 		err = e
@@ -276,6 +301,24 @@ func slotsOnDisk(dir string) *render.Config {
 		}
 	}
 	return render.Slots(text)
+}
+
+// comeBack takes back, once callers can be served, what an earlier stop has left: see
+// drainInbound.
+func (s *sidecar) comeBack(ctx context.Context, id string) {
+	t := time.NewTicker(5 * time.Millisecond)
+	defer t.Stop()
+	for len(s.reasons()) > 0 || s.app != nil && !s.app.started() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+	never := func(error) bool { return false }
+	_ = consul.Retry(ctx, never, func(err error) { // ends well, or with ctx
+		s.log.Warn("cannot see whether an earlier stop left the proxy in maintenance", "error", err, "try", "consul maint -disable -service="+id+", if callers do not find it")
+	}, func(ctx context.Context) error { return s.client.Return(ctx, id) })
 }
 
 // publish takes a new snapshot: the policy is in force before anything else.
@@ -424,6 +467,7 @@ func expiryStage(remaining float64) int {
 }
 
 func (s *sidecar) denied(source string, d intentions.Decision) {
+	s.metrics.denied(source, d)
 	s.log.Warn("caller denied", "source", source, "destination", s.agent.Policy().Destination(), "rule", d.Rule, "reason", d.Reason)
 }
 
@@ -501,9 +545,20 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	return err
 }
 
-// drainInbound stops accepting callers and waits until their sessions have ended;
-// the upstreams stay open meanwhile, as the application needs them to finish.
-func (s *sidecar) drainInbound(ctx context.Context) {
+// Times of a drain.
+const (
+	leaveFor = 5 * time.Second        // at most, for callers to go elsewhere
+	quietFor = 300 * time.Millisecond // without a request: they have
+)
+
+// idleGrace is how long callers have to notice, by an answer or by Consul, that this
+// instance goes, before connections that nobody uses are cut.
+const idleGrace = 3 * time.Second
+
+// drainInbound leaves the mesh, stops accepting callers and waits until their sessions have ended and
+// their kept connections are closed or long unused; the upstreams stay open meanwhile,
+// as the application needs them to finish.
+func (s *sidecar) drainInbound(ctx context.Context, id string) {
 	if !s.proc.Up() || s.conf.drain == 0 {
 		return
 	}
@@ -513,42 +568,107 @@ func (s *sidecar) drainInbound(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
 	defer cancel()
-	running := s.manager.Status().Running
-	var fronts []string
-	for _, sec := range running.Sections {
+	fronts := map[string]bool{}
+	for _, sec := range s.manager.Status().Running.Sections {
 		name, ok := strings.CutPrefix(sec.Name, "frontend ")
 		if ok && (name == "public" || name == "permissive" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
-			fronts = append(fronts, name)
-			if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
-				return
-			}
+			fronts[name] = true
+		}
+	}
+	if snap.Inbound.Protocol.IsHTTP() {
+		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
+			return
+		}
+	}
+	if !s.conf.register { // else it is deregistered by now
+		if err := s.client.Leave(ctx, id); err != nil {
+			s.log.Warn("cannot leave the mesh before the listener closes; callers notice by themselves", "error", err, "try", "is the agent there, and may the token write the service?")
+		}
+	}
+	s.quiet(ctx, fronts)
+	for name := range fronts {
+		if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
+			return
 		}
 	}
 	t := time.NewTicker(20 * time.Millisecond)
 	defer t.Stop()
+	last, served := time.Now(), ""
 	for {
-		out, err := s.proc.Do(ctx, "show sess", nil)
+		// A connection between two requests is counted by its frontend, but is no session.
+		open, requests, err := s.inboundUse(ctx, fronts)
 		if err != nil {
 			return
 		}
-		open := 0
-		for line := range strings.Lines(out) {
-			for _, f := range fronts {
-				if strings.Contains(line, " fe="+f+" ") {
-					open++
-				}
-			}
+		busy, err := s.inboundSessions(ctx, fronts)
+		if err != nil {
+			return
 		}
-		if open == 0 {
+		if busy > 0 || requests != served {
+			last, served = time.Now(), requests
+		}
+		if open == 0 && busy == 0 || busy == 0 && time.Since(last) > idleGrace {
 			return
 		}
 		select {
 		case <-ctx.Done():
-			s.log.Warn("sessions are still open after the drain timeout; they are cut", "open", open)
+			s.log.Warn("sessions are still open after the drain timeout; they are cut", "open", max(open, busy))
 			return
 		case <-t.C:
 		}
 	}
+}
+
+// quiet waits until callers have stopped calling.
+func (s *sidecar) quiet(ctx context.Context, fronts map[string]bool) {
+	ctx, cancel := context.WithTimeout(ctx, leaveFor)
+	defer cancel()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	last, seen := time.Now(), ""
+	for time.Since(last) < quietFor {
+		_, requests, err := s.inboundUse(ctx, fronts)
+		if err != nil {
+			return
+		}
+		if requests != seen {
+			last, seen = time.Now(), requests
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// inboundUse is how many connections callers have open, and a text that changes with
+// each request of theirs.
+func (s *sidecar) inboundUse(ctx context.Context, fronts map[string]bool) (open int, requests string, err error) {
+	rows, err := s.haproxyStats(ctx, 1)
+	for _, row := range rows {
+		if fronts[row["pxname"]] {
+			n, _ := strconv.Atoi(row["scur"])
+			open += n
+			requests += row["req_tot"] + "/" + row["stot"] + " "
+		}
+	}
+	return open, requests, err
+}
+
+func (s *sidecar) inboundSessions(ctx context.Context, fronts map[string]bool) (n int, err error) {
+	out, err := s.proc.Do(ctx, "show sess", nil)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(out) {
+		for f := range fronts {
+			if strings.Contains(line, " fe="+f+" ") {
+				n++
+			}
+		}
+	}
+	return n, nil
 }
 
 // accessLine hands on what HAProxy logs: access lines to standard output, the

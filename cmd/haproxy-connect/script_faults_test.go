@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -310,5 +311,78 @@ func (w *world) cmdStatusSays(ts *testscript.TestScript, neg bool, args []string
 		return nil
 	}); err != nil {
 		ts.Fatalf("status of %s: want %s (not: %v):\n%s\n%s", args[0], args[1], neg, last, strings.TrimSpace(w.allLogs()))
+	}
+}
+
+// drop NAME: closes a held session.
+func (w *world) cmdDrop(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(w.idle[args[0]].Close())
+}
+
+// relay ADDR [URL] is an application of scripts: it answers with its name, or with what
+// URL answers, and ends as it should on SIGTERM.
+func relay() {
+	h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		if len(os.Args) < 3 {
+			fmt.Fprint(rw, "relay")
+			return
+		}
+		req, err := http.NewRequestWithContext(r.Context(), r.Method, os.Args[2], strings.NewReader("relayed"))
+		if err != nil {
+			http.Error(rw, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			http.Error(rw, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != http.StatusOK {
+			http.Error(rw, fmt.Sprint(res.Status, err), http.StatusBadGateway)
+			return
+		}
+		fmt.Fprintf(rw, "relayed %s", b)
+	})
+	srv := &http.Server{Addr: os.Args[1], Handler: h}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		<-ctx.Done()
+		_ = srv.Shutdown(context.Background())
+	}()
+	if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	<-done
+}
+
+// page ADMIN REGEXP...: the status page, as a browser makes it, matches all of these,
+// sooner or later; "! page": none.
+func (w *world) cmdPage(ts *testscript.TestScript, neg bool, args []string) {
+	browser, err := exec.LookPath("chromium-headless-shell")
+	ts.Check(err)
+	dom := ""
+	err = eventually(patience, func() error {
+		out, err := exec.Command(browser, "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom",
+			"--user-data-dir="+filepath.Join(w.dir, "browser"), "http://"+args[0]+"/").Output()
+		if err != nil {
+			return err
+		}
+		dom = string(out)
+		for _, a := range args[1:] {
+			if regexp.MustCompile(a).MatchString(dom) == neg {
+				return fmt.Errorf("want %s (not: %v)", a, neg)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("page of %s: %v\n%s\n%s", args[0], err, dom, w.allLogs())
 	}
 }

@@ -41,7 +41,7 @@ import (
 var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this version of HAProxy only: 2.6, 3.0 or 3.2")
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"haproxy-connect": main})
+	testscript.Main(m, map[string]func(){"haproxy-connect": main, "relay": relay})
 }
 
 var measure = flag.Bool("measure", false, "run the scripts of testdata/measure, which print and judge nothing")
@@ -209,7 +209,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
-	"toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
+	"page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
@@ -502,6 +502,9 @@ func (w *world) cmdSidecar(ts *testscript.TestScript, neg bool, args []string) {
 	log := &logBuffer{}
 	cmd.Stdout, cmd.Stderr = log, log
 	ts.Check(cmd.Start())
+	if old := w.logs[name]; old != nil {
+		w.logs[name+", before"] = old
+	}
 	w.cars[name], w.logs[name] = cmd, log
 	w.env.T().Log("sidecar", name, "pid", cmd.Process.Pid, "admin", addr)
 	if neg {
@@ -525,9 +528,9 @@ func ready(addr string) error {
 	return nil
 }
 
-// signal NAME TERM|KILL|INT
+// signal NAME TERM|KILL|INT|HUP
 func (w *world) cmdSignal(ts *testscript.TestScript, _ bool, args []string) {
-	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL, "INT": syscall.SIGINT}[args[1]]
+	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP}[args[1]]
 	ts.Check(w.cars[args[0]].Process.Signal(sig))
 }
 
@@ -635,7 +638,7 @@ func (w *world) allLogs() string {
 		calls := 0 // of the access log, the last are enough
 		for i := len(said) - 1; i >= 0; i-- {
 			if strings.Contains(said[i], " source=") && !strings.Contains(said[i], "level=") {
-				if calls++; calls > 15 {
+				if calls++; calls > 200 {
 					said[i] = ""
 				}
 			}
@@ -753,8 +756,9 @@ func (w *world) cmdLoad(ts *testscript.TestScript, _ bool, args []string) {
 					return
 				case <-time.After(2 * time.Millisecond):
 				}
+				begun := time.Now()
 				if err := oneCall(client, args[1], len(args) < 3 && (n+i)%2 == 0); err != nil {
-					text := time.Now().Format(time.StampMilli) + " " + err.Error()
+					text := fmt.Sprintf("begun %s, after %s: %v", begun.UTC().Format(time.StampMilli), time.Since(begun).Round(time.Millisecond), err)
 					l.first.CompareAndSwap(nil, &text)
 					l.failed.Add(1)
 				} else {

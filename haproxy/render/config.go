@@ -171,6 +171,7 @@ const (
 	RootsFile    = "tls/roots.pem"
 	PolicyMap    = "maps/policy.map"
 	PolicyKey    = "generation"
+	DrainingKey  = "draining" // in PolicyMap while we stop
 	StatsSocket  = "sock/stats"
 	AdminSocket  = "sock/admin"
 	AuthzSocket  = "sock/authz"

@@ -499,6 +499,8 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	} else {
 		b.add("http-request del-header %s", header)
 	}
+	// While we stop, an answer closes its connection: the caller goes elsewhere.
+	b.add("http-after-response set-header Connection close if { str(%s),map_str(%s) -m found }", DrainingKey, o.path(PolicyMap))
 	if o.MaxAge > 0 {
 		b.add("tcp-request session set-var(sess.born) date()")
 		b.add("http-after-response set-header Connection close if { date(),sub(sess.born) ge %d }", int(o.MaxAge.Seconds()))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything the tests and the demo need that is not Go: Debian's HAProxy, Redis
-# and Node.js by apt, HAProxy 3.0 and 3.2 unpacked beside it, and a Consul built
+# Everything the tests and the demo need that is not Go: Debian's HAProxy, Redis,
+# Node.js and a browser by apt, HAProxy 3.0 and 3.2 unpacked beside it, and a Consul built
 # once from the module in testdata/consul. What is there already is left alone.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,6 +17,7 @@ want node nodejs
 want patchelf patchelf
 want curl curl
 want pgrep procps
+want chromium-headless-shell chromium-headless-shell
 if [ ${#missing[@]} -gt 0 ]; then
 	say "installing ${missing[*]}"
 	sudo=
