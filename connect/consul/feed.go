@@ -21,6 +21,9 @@ const (
 	// Every answer lists every instance: while thousands are replaced, reading all of
 	// them again for each would cost the agent and us more than the traffic does.
 	pauseEach = 100 * time.Microsecond
+	// Leaves of a lifetime that is nearly over are renewed as fast as they are asked
+	// for: each costs a server a signature, and HAProxy 2.6 has crashed after hundreds.
+	leafPause = time.Second
 )
 
 // cursor is where a blocking query goes on.

@@ -237,6 +237,7 @@ func (w *Watcher) fetchLeaf(service string) fetch {
 			return nil, fmt.Errorf("the agent answered with the leaf of %q for %q", leaf.ID.Service, service)
 		}
 		c.advance(meta)
+		c.pause = leafPause
 		return func(st *state) {
 			if st.leaf == nil || st.leaf.Fingerprint != leaf.Fingerprint {
 				st.leaf, st.dirty = leaf, true
