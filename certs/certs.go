@@ -82,6 +82,18 @@ func (l *Leaf) PEM() []byte { return []byte(l.ChainPEM + l.keyPEM) }
 // TLS is the leaf for crypto/tls.
 func (l *Leaf) TLS() tls.Certificate { return l.pair }
 
+// Verify checks the chain against the roots, as of now.
+func (l *Leaf) Verify(r *Roots) error {
+	between := x509.NewCertPool()
+	for _, der := range l.pair.Certificate[1:] {
+		if c, err := x509.ParseCertificate(der); err == nil {
+			between.AddCert(c)
+		}
+	}
+	_, err := l.pair.Leaf.Verify(x509.VerifyOptions{Roots: r.pool, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	return err
+}
+
 // Remaining is the part of the leaf's life that is left, from 1 down to 0, and
 // negative after its end.
 func (l *Leaf) Remaining(now time.Time) float64 {

@@ -37,7 +37,7 @@ func main() { os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr)) }
 
 var commands = map[string]func(ctx context.Context, args []string, out, errw io.Writer) error{
 	"run": cmdRun, "render": cmdRender, "version": cmdVersion, "check": cmdCheck,
-	"status": cmdStatus, "wait": cmdWait, "drain": cmdDrain,
+	"status": cmdStatus, "wait": cmdWait, "drain": cmdDrain, "doctor": cmdDoctor,
 }
 
 func realMain(args []string, out, errw io.Writer) int {
@@ -89,12 +89,13 @@ const usage = `Usage: haproxy-connect -sidecar-for ID [flags]      run the sidec
        haproxy-connect -sidecar-for ID [flags] -- command args
                                                     also run the application: from ready to drained
        haproxy-connect -register -service NAME -port PORT [-upstream name:port] [flags]
-       haproxy-connect render|check|status|wait|drain|version [flags]
+       haproxy-connect render|check|status|doctor|wait|drain|version [flags]
 
 Commands:
   render    print the files that HAProxy would read, without keys
   check     -source NAME [-method M -path P -header K=V]: may this caller? exit 0 allow, 1 deny
   status    what the running sidecar does
+  doctor    what would keep a sidecar from working, and what to do about each
   wait      until the running sidecar is ready (-timeout 1m; -once asks once)
   drain     the running sidecar: finish what is open and end
   version   of this program, HAProxy and Consul, and the features in use

@@ -211,11 +211,11 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 }
 
 // label bounds a label value that came from Consul.
-func label(s string) string {
-	if len(s) > 100 {
-		s = s[:100]
-	}
-	b := []byte(s)
+func label(s string) string { return plain(s, 100) }
+
+// plain keeps text from outside fit for a terminal: no control characters, not endless.
+func plain(s string, most int) string {
+	b := []byte(s[:min(len(s), most)])
 	for i := range b {
 		if b[i] < ' ' || b[i] > '~' {
 			b[i] = '?'

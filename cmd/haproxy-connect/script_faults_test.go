@@ -53,7 +53,11 @@ func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
 		FlushInterval: -1,
 		ErrorHandler:  func(rw http.ResponseWriter, _ *http.Request, _ error) { http.Error(rw, "cut", http.StatusBadGateway) },
 		ModifyResponse: func(res *http.Response) error {
-			if mode, _ := b.now(); mode == "oldroot" && res.Request.URL.Path == "/v1/agent/connect/ca/roots" {
+			mode, _ := b.now()
+			if mode == "skew" {
+				res.Header.Set("Date", time.Now().Add(time.Hour).UTC().Format(http.TimeFormat))
+			}
+			if mode == "oldroot" && res.Request.URL.Path == "/v1/agent/connect/ca/roots" {
 				return onlyActive(res)
 			}
 			return nil
@@ -89,8 +93,8 @@ func (b *between) now() (string, chan struct{}) {
 	return b.mode, b.cut
 }
 
-// fault none|STATUS|half|oldroot: every request gets this status, or every second one
-// fails, or inactive roots are left out of the list. What waits is ended.
+// fault none|STATUS|half|oldroot|skew: every request gets this status, or every second
+// one fails, or inactive roots are left out of the list, or the agent's clock is wrong. What waits is ended.
 func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
 	b := w.between
 	b.mu.Lock()

@@ -102,11 +102,14 @@ func NewClient(c Config) (*Client, error) {
 	return &Client{api: client, addr: conf.Address}, nil
 }
 
-// withQuery adds the query that a context carries: the library's raw call, which
+// withQuery adds the query that a context carries, and hands the answer's header back: the library's raw call, which
 // gives the whole answer where its types leave fields out, takes only a path.
 type withQuery struct{ next http.RoundTripper }
 
 type queryKey struct{}
+
+// headerKey carries a *http.Header, which receives that of the answer.
+type headerKey struct{}
 
 func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 	if q, ok := r.Context().Value(queryKey{}).(url.Values); ok {
@@ -117,7 +120,11 @@ func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		r.URL.RawQuery = all.Encode()
 	}
-	return w.next.RoundTrip(r)
+	res, err := w.next.RoundTrip(r)
+	if to, ok := r.Context().Value(headerKey{}).(*http.Header); ok && err == nil {
+		*to = res.Header
+	}
+	return res, err
 }
 
 // checkAddr refuses what the library would only refuse at the first request.

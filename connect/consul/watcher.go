@@ -329,13 +329,15 @@ func translate(in []wireIntention) []intentions.Intention {
 	return out
 }
 
+// defaultProbe is a caller that no intention can name. The authorize endpoint ignores
+// its trust domain and datacenter.
+const defaultProbe = "spiffe://00000000-0000-0000-0000-000000000000.consul/ns/haproxy-connect-asks-for-the-default/dc/none/svc/nobody"
+
 // fetchDefault learns the effective default policy: an identity of a namespace
 // that no intention of the community edition can name always gets the default.
 func (w *Watcher) fetchDefault(service string) fetch {
 	return func(ctx context.Context, _ *cursor) (func(*state), error) {
-		// The authorize endpoint ignores trust domain and datacenter of the caller.
-		probe := "spiffe://00000000-0000-0000-0000-000000000000.consul/ns/haproxy-connect-asks-for-the-default/dc/none/svc/nobody"
-		got, err := w.client.authorize(ctx, service, probe)
+		got, err := w.client.authorize(ctx, service, defaultProbe)
 		if err != nil {
 			return nil, err
 		}

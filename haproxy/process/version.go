@@ -71,6 +71,18 @@ func (f Features) Names() []string {
 	return out
 }
 
+// Bugs names what is known of a version that matters here, in words for an operator.
+func (v Version) Bugs() (out []string) {
+	f := v.Features()
+	if !f.CACommit {
+		out = append(out, "this version cannot change roots while it runs: each rotation of the CA is a reload (haproxy/haproxy#3165)")
+	}
+	if v.Less(3, 0, 0) {
+		out = append(out, "2.6 crashed in our tests after hundreds of changes of the leaf under load; it is started again within half a second")
+	}
+	return out
+}
+
 // Binary is an HAProxy that can be run.
 type Binary struct {
 	Path    string
