@@ -72,6 +72,12 @@ type Proxy struct {
 	TrustDomain string
 }
 
+// Telemetry is where others may read metrics, apart from the admin address.
+type Telemetry struct {
+	Prometheus string // address:port of /metrics, "" for none
+	Stats      string // address:port of /stats and /stats/prometheus, "" for none
+}
+
 // SPIFFEID is the identity that the leaf of this proxy must carry.
 func (p Proxy) SPIFFEID() certs.SPIFFEID {
 	return certs.SPIFFEID{TrustDomain: p.TrustDomain, Partition: orDefault(p.Partition),
@@ -106,6 +112,7 @@ type Inbound struct {
 	// PermissivePort lets in plain TCP that was sent to this port before it was
 	// redirected to ours (MutualTLSMode permissive), no TLS, no intentions; 0: none.
 	PermissivePort int
+	Telemetry      Telemetry
 }
 
 // Normalize is what happens to a request before intentions look at it and the

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -194,3 +195,27 @@ func zombies() (out []int) {
 	}
 	return out
 }
+
+// notify tells systemd (Type=notify) how we are; without it, nobody.
+func notify(state string) {
+	socket := notifySocket()
+	if socket == "" {
+		return
+	}
+	if socket[0] == '@' { // an abstract one
+		socket = "\x00" + socket[1:]
+	}
+	c, err := net.Dial("unixgram", socket)
+	if err != nil {
+		return // systemd will say that it heard nothing
+	}
+	defer c.Close()
+	_, _ = io.WriteString(c, state)
+}
+
+// notifySocket takes the address out of the environment: our children have nothing to
+// tell.
+var notifySocket = sync.OnceValue(func() string {
+	defer os.Unsetenv("NOTIFY_SOCKET")
+	return os.Getenv("NOTIFY_SOCKET")
+})

@@ -122,6 +122,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 
 // run starts in the order of the design, and stops in the reverse.
 func (s *sidecar) run(ctx context.Context) error {
+	_ = notifySocket() // before any child
 	ctx, s.stop = context.WithCancelCause(ctx)
 	defer s.stop(nil)
 	s.waiting("HAProxy's binary")
@@ -270,6 +271,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
 	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
 	control.Go(func() error { s.revokeSessions(controlCtx); return nil })
+	data.Go(func() error { s.telemetry(dataCtx); return nil })
 	control.Go(func() error { s.comeBack(controlCtx, id); return nil })
 	if s.app != nil {
 		control.Go(func() error { s.runApp(controlCtx); return nil })
@@ -278,6 +280,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	err = control.Wait() // ctx ended, or a part failed
 
 	s.stopping.Store(true)
+	notify("STOPPING=1")
 	s.log.Info("stopping", "cause", context.Cause(ctx), "drain_timeout", s.conf.drain)
 	s.drainInbound(dataCtx, id)
 	if s.app != nil { // it may still need its upstreams to finish
@@ -315,6 +318,7 @@ func (s *sidecar) comeBack(ctx context.Context, id string) {
 		case <-t.C:
 		}
 	}
+	notify("READY=1\nSTATUS=serving")
 	never := func(error) bool { return false }
 	_ = consul.Retry(ctx, never, func(err error) { // ends well, or with ctx
 		s.log.Warn("cannot see whether an earlier stop left the proxy in maintenance", "error", err, "try", "consul maint -disable -service="+id+", if callers do not find it")

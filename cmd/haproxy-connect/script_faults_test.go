@@ -22,9 +22,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/stretchr/testify/require"
 )
 
 // between is an HTTP proxy before Consul's agent that a script can make misbehave.
@@ -388,5 +390,35 @@ func (w *world) cmdPage(ts *testscript.TestScript, neg bool, args []string) {
 	})
 	if err != nil {
 		ts.Fatalf("page of %s: %v\n%s\n%s", args[0], err, dom, w.allLogs())
+	}
+}
+
+// notified: systemd's side of Type=notify, on $NOTIFY_SOCKET. "notified STATE": it was
+// told so, sooner or later.
+func (w *world) cmdNotified(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) == 0 {
+		path := filepath.Join(w.dir, "notify")
+		c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+		ts.Check(err)
+		w.env.Defer(func() { c.Close() })
+		ts.Setenv("NOTIFY_SOCKET", path)
+		w.logs["systemd"] = &logBuffer{}
+		go func() { _, _ = io.Copy(w.logs["systemd"], c) }()
+		return
+	}
+	w.cmdLog(ts, false, []string{"systemd", args[0]})
+}
+
+// TestUnit: systemd itself takes the unit, and finds it closed enough.
+func TestUnit(t *testing.T) {
+	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "haproxy-connect@.service"))
+	require.NoError(t, err)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "haproxy-connect@web.service")
+	// The binary need not be installed here.
+	require.NoError(t, os.WriteFile(file, bytes.ReplaceAll(unit, []byte("/usr/local/bin/haproxy-connect"), []byte("/bin/true")), 0o644))
+	for _, args := range [][]string{{"verify", "--man=no", file}, {"security", "--offline=yes", "--threshold=20", "--no-pager", file}} {
+		out, err := exec.Command("systemd-analyze", args...).CombinedOutput()
+		require.NoError(t, err, "systemd-analyze %v: %s", args, out)
 	}
 }

@@ -209,7 +209,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
-	"page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
+	"notified": inWorld((*world).cmdNotified), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
@@ -499,6 +499,9 @@ func (w *world) cmdSidecar(ts *testscript.TestScript, neg bool, args []string) {
 	cmd := exec.Command(bin, append([]string{"-haproxy", w.haproxy, "-admin-addr", addr, "-run-dir", filepath.Join(w.dir, name), "-access-log", "text"}, args[1:]...)...)
 	cmd.Args[0] = "haproxy-connect"
 	cmd.Env = append(os.Environ(), "CONSUL_HTTP_ADDR="+ts.Getenv("CONSUL_HTTP_ADDR"), "CONSUL_HTTP_TOKEN=mastertoken", "PATH="+ts.Getenv("PATH"))
+	if n := ts.Getenv("NOTIFY_SOCKET"); n != "" {
+		cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+n)
+	}
 	log := &logBuffer{}
 	cmd.Stdout, cmd.Stderr = log, log
 	ts.Check(cmd.Start())

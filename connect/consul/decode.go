@@ -210,7 +210,6 @@ var envoyOnly = map[string]string{
 	"envoy_cluster_json": "", "envoy_bootstrap_json_tpl": "", "envoy_extra_static_clusters_json": "",
 	"envoy_extra_static_listeners_json": "", "envoy_extra_stats_sinks_json": "", "envoy_stats_config_json": "",
 	"envoy_tracing_json": "", "xds_fetch_timeout_ms": "", "envoy_telemetry_collector_bind_socket_dir": "",
-	"envoy_prometheus_bind_addr": "metrics are on -admin-addr under /metrics", "envoy_stats_bind_addr": "statistics are on -admin-addr under /stats",
 	"envoy_statsd_url": "metrics are pulled from -admin-addr under /metrics", "envoy_dogstatsd_url": "metrics are pulled from -admin-addr under /metrics",
 	"envoy_stats_tags": "metrics are pulled from -admin-addr under /metrics", "envoy_stats_flush_interval": "metrics are pulled, not pushed",
 	"syslog_server": "logs go to standard output", "handshake_timeout_ms": "the built-in proxy's key; use connect_timeout_ms of the caller",
@@ -347,6 +346,7 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 		}
 	}
 	in.UnsecuredPort = k.int(0, 1, 65535, "unsecured_bind_port")
+	in.Telemetry = telemetry(k)
 	k.rest()
 
 	for _, e := range p.Expose.Paths {
@@ -381,6 +381,22 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 		n.Add(where, "envoy_extensions", e.Name, "it is Envoy's own and has no meaning for HAProxy")
 	}
 	return in
+}
+
+// telemetry reads where metrics are asked for.
+func telemetry(k *keys) (t connect.Telemetry) {
+	for key, to := range map[string]*string{"envoy_prometheus_bind_addr": &t.Prometheus, "envoy_stats_bind_addr": &t.Stats} {
+		v := k.string(key)
+		if v == "" {
+			continue
+		}
+		if a, err := netip.ParseAddrPort(v); err != nil || a.Port() == 0 || a.Addr().Zone() != "" {
+			k.bad(key, v, "an IP address and a port, such as 0.0.0.0:9102")
+		} else {
+			*to = a.String()
+		}
+	}
+	return t
 }
 
 func nonZero(d, def time.Duration) time.Duration {

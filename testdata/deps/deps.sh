@@ -17,6 +17,7 @@ want node nodejs
 want patchelf patchelf
 want curl curl
 want pgrep procps
+want systemd-analyze systemd
 want chromium-headless-shell chromium-headless-shell
 if [ ${#missing[@]} -gt 0 ]; then
 	say "installing ${missing[*]}"
