@@ -44,6 +44,7 @@ fuzz:
 	go test ./intentions/jwt -run '^$$' -fuzz FuzzToken $(FUZZ)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzNothingAddsALine $(FUZZ)
 	go test ./haproxy -run '^$$' -fuzz FuzzParseSession $(FUZZ)
+	go test ./haproxy/render -run '^$$' -fuzz FuzzAccessFormat $(FUZZ)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(FUZZ)
 
 # Prints; judges nothing. The second line drives real Consul and HAProxy.

@@ -78,6 +78,14 @@ type Telemetry struct {
 	Stats      string // address:port of /stats and /stats/prometheus, "" for none
 }
 
+// AccessLog is what proxy-defaults say of it. The zero value is none.
+type AccessLog struct {
+	Enabled bool
+	JSON    string // Envoy's format as a JSON object; "" and no Text: Envoy's default fields
+	Text    string // Envoy's format as text
+	Sink    string // "stdout", "stderr", or a path
+}
+
 // SPIFFEID is the identity that the leaf of this proxy must carry.
 func (p Proxy) SPIFFEID() certs.SPIFFEID {
 	return certs.SPIFFEID{TrustDomain: p.TrustDomain, Partition: orDefault(p.Partition),
@@ -113,6 +121,7 @@ type Inbound struct {
 	// redirected to ours (MutualTLSMode permissive), no TLS, no intentions; 0: none.
 	PermissivePort int
 	Telemetry      Telemetry
+	AccessLog      AccessLog // of every listener
 }
 
 // Normalize is what happens to a request before intentions look at it and the

@@ -95,7 +95,7 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	fs.IntVar(&c.threads, "threads", 2, "HAProxy's `threads`")
 	fs.IntVar(&c.maxConn, "max-conn", 0, "most concurrent `connections` (default: from the limit of open files)")
 	str(&c.adminAddr, "admin-addr", "127.0.0.1:1936", "`address:port` of status, metrics and statistics; empty for none")
-	str(&c.accessLog, "access-log", "off", "access log on standard output: `off|text|json`")
+	str(&c.accessLog, "access-log", "", "access log on standard output: `off|text|json` (default: as access_logs of proxy-defaults says, else off)")
 	fs.DurationVar(&c.maxAge, "max-connection-age", 0, "how long a caller's connection may last before it must connect, and be judged, anew: `duration`, 0 for ever")
 	fs.BoolVar(&c.explainDenials, "explain-denials", false, "tell denied HTTP callers why, in the response header X-Denied-Reason")
 	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
@@ -239,7 +239,7 @@ func (c *config) validate() error {
 		return usagef("-service, -port, -listen and -upstream only go with -register")
 	}
 	switch c.accessLog {
-	case "off", "text", "json":
+	case "", "off", "text", "json":
 	default:
 		return usagef("-access-log %q: want off, text or json", c.accessLog)
 	}

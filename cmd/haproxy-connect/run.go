@@ -43,6 +43,8 @@ type sidecar struct {
 	app     *app // nil unless we run the application
 	log     *slog.Logger
 	out     io.Writer
+	errw    io.Writer
+	access  accessFile
 	begun   time.Time
 	binary  *process.Binary
 	account process.Account
@@ -110,7 +112,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{app: newApp(app, errw), conf: &c, log: c.logger(errw), out: out, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
+	s := &sidecar{app: newApp(app, errw), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
@@ -675,14 +677,67 @@ func (s *sidecar) inboundSessions(ctx context.Context, fronts map[string]bool) (
 	return n, nil
 }
 
-// accessLine hands on what HAProxy logs: access lines to standard output, the
+// accessLine hands on what HAProxy logs: access lines to where they are wanted, the
 // rest, which is about HAProxy itself, to our own log.
 func (s *sidecar) accessLine(line string) {
-	if rest, ok := strings.CutPrefix(line, "access "); ok || strings.HasPrefix(line, `{"access":`) {
-		fmt.Fprintln(s.out, rest)
+	rest, ok := strings.CutPrefix(line, render.AccessMark)
+	if !ok {
+		s.log.Debug("haproxy", "says", line)
 		return
 	}
-	s.log.Debug("haproxy", "says", line)
+	sink := "stdout"
+	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.Inbound.AccessLog.Sink != "" {
+		sink = snap.Inbound.AccessLog.Sink
+	}
+	switch sink {
+	case "stdout":
+		fmt.Fprintln(s.out, rest)
+	case "stderr":
+		fmt.Fprintln(s.errw, rest)
+	default:
+		s.access.Lock()
+		defer s.access.Unlock()
+		if err := s.access.write(sink, rest); err != nil && err.Error() != s.access.told {
+			s.access.told = err.Error()
+			s.log.Warn("cannot write the access log; its lines are lost", "error", err, "try", "access_logs.path of proxy-defaults must be writable here")
+		}
+	}
+}
+
+// accessFile is the access log in a file.
+type accessFile struct {
+	sync.Mutex // two HAProxies may have something to say
+	path, told string
+	f          *os.File
+	looked     time.Time
+}
+
+// write appends a line. A file that was moved away, as by logrotate, is opened anew
+// within a second.
+func (a *accessFile) write(path, line string) error {
+	if a.f != nil && (a.path != path || time.Since(a.looked) > time.Second && a.moved()) {
+		a.f.Close()
+		a.f = nil
+	}
+	if a.f == nil {
+		f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o640)
+		if err != nil {
+			return err
+		}
+		a.f, a.path, a.told = f, path, ""
+	}
+	_, err := fmt.Fprintln(a.f, line)
+	return err
+}
+
+func (a *accessFile) moved() bool {
+	a.looked = time.Now()
+	now, err := os.Stat(a.path)
+	if err != nil {
+		return true
+	}
+	open, err := a.f.Stat()
+	return err != nil || !os.SameFile(now, open)
 }
 
 const lockFile = "lock"

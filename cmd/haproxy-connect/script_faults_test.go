@@ -422,3 +422,57 @@ func TestUnit(t *testing.T) {
 		require.NoError(t, err, "systemd-analyze %v: %s", args, out)
 	}
 }
+
+// json-lines NAME: every line of the sidecar's access log is JSON, and there are some.
+func (w *world) cmdJSONLines(ts *testscript.TestScript, _ bool, args []string) {
+	n := 0
+	for line := range strings.Lines(w.logs[args[0]].String()) {
+		if strings.HasPrefix(line, "{") {
+			n++
+			if !json.Valid([]byte(line)) {
+				ts.Fatalf("not JSON: %s", line)
+			}
+		}
+	}
+	if n == 0 {
+		ts.Fatalf("no line of JSON")
+	}
+}
+
+// logged NAME|FILE REGEXP URL|ADDR [H=V]: a request to URL, or a connection to ADDR, is logged so by the sidecar, or in
+// the file, once the configuration has arrived.
+func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
+	re := regexp.MustCompile(args[1])
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	last := ""
+	if err := eventually(patience, func() error {
+		if !strings.HasPrefix(args[2], "http") {
+			_, _ = tcpOnce(args[2], "ping") // served or not, it is logged
+		} else {
+			req, err := http.NewRequest(http.MethodGet, args[2], nil)
+			if err != nil {
+				return err
+			}
+			if len(args) > 3 {
+				k, v, _ := strings.Cut(args[3], "=")
+				req.Header.Set(k, v)
+			}
+			if res, err := client.Do(req); err == nil {
+				res.Body.Close()
+			}
+		}
+		if log := w.logs[args[0]]; log != nil {
+			last = log.String()
+		} else if b, err := os.ReadFile(args[0]); err != nil {
+			return err
+		} else {
+			last = string(b)
+		}
+		if !re.MatchString(last) {
+			return errors.New("not there")
+		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("%s: %v, want %s:\n%s\n%s", args[0], err, re, last, w.allLogs())
+	}
+}

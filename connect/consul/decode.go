@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -374,13 +375,42 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 	if p.Mode == api.ProxyModeTransparent {
 		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
 	}
-	if p.AccessLogs != nil && p.AccessLogs.Enabled {
-		n.Add(where, "access_logs", "", "the access log is set by -access-log")
-	}
+	in.AccessLog = accessLog(p.AccessLogs, n)
 	for _, e := range p.EnvoyExtensions {
 		n.Add(where, "envoy_extensions", e.Name, "it is Envoy's own and has no meaning for HAProxy")
 	}
 	return in
+}
+
+// accessLog reads the settings of proxy-defaults. Envoy's listener logs, which
+// DisableListenerLogs is about, are of connections that match no listener: we have none.
+func accessLog(a *api.AccessLogsConfig, n *connect.Notices) (out connect.AccessLog) {
+	if a == nil || !a.Enabled {
+		return out
+	}
+	out = connect.AccessLog{Enabled: true, JSON: a.JSONFormat, Text: strings.TrimRight(a.TextFormat, "\r\n"), Sink: "stdout"}
+	switch a.Type {
+	case api.DefaultLogSinkType, api.StdOutLogSinkType:
+	case api.StdErrLogSinkType:
+		out.Sink = "stderr"
+	case api.FileLogSinkType:
+		if !plainPath(a.Path) {
+			n.Add("proxy", "access_logs.path", a.Path, "want an absolute path of plain characters; the log goes to standard output")
+		} else {
+			out.Sink = a.Path
+		}
+	default:
+		n.Add("proxy", "access_logs.type", string(a.Type), "want stdout, stderr or file; the log goes to standard output")
+	}
+	if out.JSON != "" && !json.Valid([]byte(out.JSON)) {
+		n.Add("proxy", "access_logs.json_format", out.JSON, "not JSON; Envoy's default fields are logged")
+		out.JSON = ""
+	}
+	if strings.ContainsFunc(out.JSON+out.Text, func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || r > '~' }) || strings.Contains(out.Text, "\n") || len(out.JSON)+len(out.Text) > 4096 {
+		n.Add("proxy", "access_logs", "", "want a format of at most 4096 plain characters on one line; Envoy's default fields are logged")
+		out.JSON, out.Text = "", ""
+	}
+	return out
 }
 
 // telemetry reads where metrics are asked for.

@@ -25,6 +25,7 @@ import (
 	"github.com/haproxytech/config-parser/v5/options"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
 // Originator says who speaks TLS to upstreams.
@@ -53,13 +54,15 @@ type Options struct {
 	Threads       int    // 0: 2
 	MaxConn       int    // 0: 4096
 	HardStopAfter time.Duration
-	AccessLog     AccessLog // "": off
+	AccessLog     AccessLog // "": as Consul says, else off
 	Originator    Originator
 	// ExplainDenials tells denied callers why, in a response header.
 	ExplainDenials bool
 	// MaxAge of a caller's connection, 0 for none: an answer after it closes the
 	// connection. Whoever wires this ends those that do not ask.
 	MaxAge time.Duration
+
+	access connect.AccessLog // of the snapshot
 
 	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
 	SPOP    bool // the version has mode spop (3.1+), and keeps connections to the agent only in it

@@ -59,9 +59,6 @@ func New(o Options) (*Renderer, error) {
 	if o.MaxConn == 0 {
 		o.MaxConn = 4096
 	}
-	if o.AccessLog == "" {
-		o.AccessLog = LogOff
-	}
 	if o.Originator == "" {
 		o.Originator = Lua
 	}
@@ -90,6 +87,9 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		return nil, nil, errors.New("no leaf or no roots")
 	}
 	o := &r.opt
+	if o.access != s.Inbound.AccessLog {
+		o.access, r.cache, r.last = s.Inbound.AccessLog, nil, nil // every listener is another
+	}
 	c = &Config{Leaf: s.Leaf, Roots: s.Roots, Dir: o.Dir, Generation: generation, Files: map[string]string{}, Slots: map[string]*SlotTable{}}
 	c.Files[lua.SpiffeFile] = lua.Spiffe
 	c.Files[LeafList] = o.path(LeafFile) + " dummy.invalid\n" // haproxy.md, fact 3: a name filter, or 2.6 forgets client verification
@@ -292,7 +292,7 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
 	g.add("mworker-max-reloads %d", maxOldWorkers)
 	g.add("stats timeout 1m")
-	g.add("log stdout format raw local0 info")
+	g.add("log stdout len 4096 format raw local0 info")
 	g.add("hard-stop-after %s", ms(o.HardStopAfter))
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
@@ -467,7 +467,7 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	}
 	ask := fmt.Sprintf("{ var(txn.verdict) -m str %s }", spoe.Ask)
 	b.add("http-request send-spoe-group hc %s if %s", spoe.MessageRequest, ask)
-	if o.AccessLog != LogOff || o.ExplainDenials {
+	if o.logs() || o.ExplainDenials {
 		b.add("http-request set-var(txn.rule) var(%s%s)", sess, spoe.VarRule)
 		b.add("http-request set-var(txn.reason) var(%s%s)", sess, spoe.VarReason)
 		b.add("http-request set-var(txn.rule) var(%s%s) if %s", txn, spoe.VarRequestRule, ask)
@@ -567,28 +567,31 @@ func normalize(b *builder, n connect.Normalize) {
 
 // log sets the access log of a frontend.
 func (o *Options) log(b *builder, http bool) {
-	at := "sess.hc"
-	if http {
-		at = "txn" // judged per request in effect
-	}
-	who := `source=%[var(sess.hc.source)] verdict=%[var(` + at + `.verdict)] rule=%[var(` + at + `.rule)] reason=%{+Q}[var(` + at + `.reason)]`
-	switch o.AccessLog {
-	case LogText:
-		if http {
-			b.add("%s", `log-format "access %ci:%cp %ft %b/%s %ST %B %Ta %tsc %{+Q}r `+who+`"`)
-		} else {
-			b.add("%s", `log-format "access %ci:%cp %ft %b/%s %B %Tt %ts `+who+`"`)
+	var f accessFormat
+	switch {
+	case o.AccessLog == LogText:
+		at, shape := "sess.hc", "%ci:%cp %ft %b/%s %B %Tt %ts "
+		if http { // judged per request in effect
+			at, shape = "txn", "%ci:%cp %ft %b/%s %ST %B %Ta %tsc %{+Q}r "
 		}
-	case LogJSON:
-		req := ""
-		if http {
-			req = `,\"status\":%ST,\"method\":\"%[capture.req.method,json(utf8s)]\",\"path\":\"%[capture.req.uri,json(utf8s)]\"`
-		}
-		b.add("%s", `log-format "{\"access\":\"%ft\",\"client\":\"%ci:%cp\",\"upstream\":\"%b\",\"server\":\"%s\",\"bytes\":%B,\"ms\":%Tt,\"state\":\"%ts\"`+req+
-			`,\"source\":\"%[var(sess.hc.source),json(utf8s)]\",\"verdict\":\"%[var(`+at+`.verdict),json(utf8s)]\",\"rule\":\"%[var(`+at+`.rule),json(utf8s)]\",\"reason\":\"%[var(`+at+`.reason),json(utf8s)]\"}"`)
+		f.line = AccessMark + shape + `source=%[var(sess.hc.source)] verdict=%[var(` + at + `.verdict)] rule=%[var(` + at + `.rule)] reason=%{+Q}[var(` + at + `.reason)]`
+	case o.AccessLog == LogJSON:
+		f = access(connect.AccessLog{}, http)
+	case o.AccessLog == "" && o.access.Enabled:
+		f = access(o.access, http)
 	default:
 		b.add("no log")
+		return
 	}
+	for _, rule := range f.before {
+		b.add("%s", rule)
+	}
+	b.add("%s", `log-format "`+f.line+`"`)
+}
+
+// logs reports whether there is an access log.
+func (o *Options) logs() bool {
+	return o.AccessLog == LogText || o.AccessLog == LogJSON || o.AccessLog == "" && o.access.Enabled
 }
 
 // permissive is the listener before the public one that lets in plain TCP to the

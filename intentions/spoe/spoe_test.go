@@ -302,6 +302,56 @@ func TestMalformedEndsTheConnection(t *testing.T) {
 	require.Equal(t, Deny, vars[VarVerdict])
 }
 
+// Thousands of connections, one of which never reads and one of which sends byte by
+// byte: the others are answered, and the greedy one is ended, in bounded memory.
+func TestThousandsOfConnections(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	connect, _ := start(t, a)
+	raw := notifyConnection(1, caller(t, "web"))
+	greedy := connect()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			if _, err := greedy.c.Write(raw); err != nil {
+				return
+			}
+		}
+	}()
+	slow := connect()
+	slowly := make(chan struct{})
+	go func() {
+		defer close(slowly)
+		for i := range raw {
+			if _, err := slow.c.Write(raw[i : i+1]); err != nil {
+				return
+			}
+		}
+	}()
+	all := make([]*haproxy, 2000)
+	for i := range all {
+		all[i] = connect()
+	}
+	for round := range 3 {
+		for _, h := range all {
+			h.send(raw)
+		}
+		for i, h := range all {
+			_, vars := h.ack()
+			require.Equal(t, Allow, vars[VarVerdict], "connection %d, round %d", i, round)
+		}
+	}
+	<-slowly
+	_, vars := slow.ack()
+	require.Equal(t, Allow, vars[VarVerdict])
+	select {
+	case <-ended:
+	case <-time.After(30 * time.Second):
+		t.Fatal("whoever never reads is still written to")
+	}
+}
+
 func TestStopEndsOpenConnections(t *testing.T) {
 	a := New(Options{})
 	connect, stop := start(t, a)
@@ -330,6 +380,18 @@ func FuzzFrame(f *testing.F) {
 	f.Add([]byte{3, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 	a := New(Options{})
 	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}))
+	with := func(message string, args ...string) []byte {
+		b := beginFrame(nil, frameNotify, 1, 1)
+		b = append(appendText(b, message), byte(len(args)/2+1))
+		b = binaryArg(b, ArgCert, der)
+		for i := 0; i < len(args); i += 2 {
+			b = binaryArg(b, args[i], []byte(args[i+1]))
+		}
+		return endFrame(b, 0)[4:]
+	}
+	f.Add(with(MessageConnection, ArgChain, string(der)))
+	f.Add(with(MessageConnection, ArgChain, "junk", ArgSource, "\x7f\x00\x00\x01", ArgPort, "1"))
+	f.Add(with(MessageRequest, ArgMethod, "GET", ArgPath, "/", ArgQuery, "access_token=x", ArgHeaders, "\x01a\x01b\x00\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		fr, err := parseFrame(b)
 		if err != nil {
