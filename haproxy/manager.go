@@ -180,7 +180,7 @@ func (m *Manager) Run(ctx context.Context) error {
 			m.deleteServers(ctx)
 			continue
 		case <-look.C:
-			if m.running == nil || m.damage != "" || !m.conf.Proxy.Up() || !m.damaged() {
+			if m.running == nil || m.damage != "" || !m.damaged() {
 				continue
 			}
 		case <-drift.C:
@@ -569,7 +569,11 @@ func (m *Manager) restore(ctx context.Context) error {
 		}
 	}
 	if lost {
-		if err := m.conf.Proxy.Replace(ctx); err != nil {
+		again := m.conf.Proxy.Replace
+		if !m.conf.Proxy.Up() { // it died of it, or with it
+			again = m.conf.Proxy.Start
+		}
+		if err := again(ctx); err != nil {
 			return stage("restore", "is a port taken by another process? The message names it", err)
 		}
 		clear(m.deleting)
