@@ -40,7 +40,8 @@ const callers = (s) => {
   const labels = ["Caller", "Allowed", "Denied", "Why denied, last time"];
   const all = s.callers || [];
   $("callers").hidden = all.length === 0;
-  $("callers-note").textContent = !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet." : "";
+  $("callers-note").textContent = !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet."
+    : "Verdicts: one for each connection and policy, one for each request where an intention looks at requests.";
   fill($("callers").tBodies[0], all.map((c) => row(labels, [
     c.source ? service(c.source) + (service(c.source) === c.source ? "" : " (" + c.source + ")") : "no identity",
     [count(c.allowed), "n"], [count(c.denied), c.denied ? "n bad" : "n"],
