@@ -35,9 +35,14 @@ func (s silent) Error() string { return fmt.Sprintf("exit code %d", s.code) }
 
 func main() { os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr)) }
 
-var commands = map[string]func(ctx context.Context, args []string, out, errw io.Writer) error{
-	"run": cmdRun, "render": cmdRender, "version": cmdVersion, "check": cmdCheck,
-	"status": cmdStatus, "wait": cmdWait, "drain": cmdDrain, "doctor": cmdDoctor,
+var commands map[string]func(ctx context.Context, args []string, out, errw io.Writer) error
+
+func init() { // completion lists them
+	commands = map[string]func(ctx context.Context, args []string, out, errw io.Writer) error{
+		"completion": cmdCompletion,
+		"run":        cmdRun, "render": cmdRender, "version": cmdVersion, "check": cmdCheck,
+		"status": cmdStatus, "wait": cmdWait, "drain": cmdDrain, "doctor": cmdDoctor,
+	}
 }
 
 func realMain(args []string, out, errw io.Writer) int {
@@ -98,6 +103,7 @@ Commands:
   doctor    what would keep a sidecar from working, and what to do about each
   wait      until the running sidecar is ready (-timeout 1m; -once asks once)
   drain     the running sidecar: finish what is open and end
+  completion  bash, zsh or fish: a script for the shell
   version   of this program, HAProxy and Consul, and the features in use
 
 haproxy-connect -h lists every flag. Exit codes: 0 clean, 1 failure, 2 usage.
