@@ -215,6 +215,9 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 }
 
+// Stages are where an attempt can fail: a bounded set, fit for a metric's label.
+var Stages = []string{"render", "write", "check", "originator", "reload", "command", "restore", "apply"}
+
 // stageError says where an attempt failed.
 type stageError struct {
 	stage, try string

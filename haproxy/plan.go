@@ -41,6 +41,9 @@ const (
 	Inbound   Reason = "inbound"   // the public listener or the application behind it
 )
 
+// Reasons are all of them.
+var Reasons = []Reason{Start, Structure, Upstreams, RootsCA, SlotsFull, Repair, Inbound}
+
 // Kind says what a command is for; the order of Kinds is the order of a Plan.
 type Kind int
 

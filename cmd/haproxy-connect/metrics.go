@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/haproxy-connect/haproxy-connect/haproxy"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 )
@@ -176,11 +177,11 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.revoked, s.revoked.Load())
 	gauge(m.draining, float64(s.manager.Status().Deleting))
 	st := s.manager.Status()
-	for r, n := range st.Reloads {
-		counter(m.reloads, n, string(r))
+	for _, r := range haproxy.Reasons { // also what has not happened: a rate needs a first value
+		counter(m.reloads, st.Reloads[r], string(r))
 	}
-	for stage, n := range st.Errors {
-		counter(m.applyErrors, n, stage)
+	for _, stage := range haproxy.Stages {
+		counter(m.applyErrors, st.Errors[stage], stage)
 	}
 	counter(m.commands, st.Commands)
 	counter(m.drifts, st.Drifts)

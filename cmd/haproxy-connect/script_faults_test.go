@@ -476,3 +476,31 @@ func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Fatalf("%s: %v, want %s:\n%s\n%s", args[0], err, re, last, w.allLogs())
 	}
 }
+
+// scraped ADMIN,ADMIN FILE...: every metric that the files name is in a scrape of one of
+// these sidecars, with a value.
+func (w *world) cmdScraped(ts *testscript.TestScript, _ bool, args []string) {
+	var scrape []byte
+	for _, admin := range strings.Split(args[0], ",") {
+		res, err := http.Get("http://" + admin + "/metrics")
+		ts.Check(err)
+		b, err := io.ReadAll(res.Body)
+		res.Body.Close()
+		ts.Check(err)
+		scrape = append(scrape, b...)
+	}
+	found := 0
+	for _, file := range args[1:] {
+		text, err := os.ReadFile(filepath.Join("..", "..", file))
+		ts.Check(err)
+		for _, name := range regexp.MustCompile(`\bhaproxy_[a-z_]+`).FindAllString(string(text), -1) {
+			if !regexp.MustCompile(`(?m)^` + name + `(\{.*\})? \S+$`).Match(scrape) {
+				ts.Fatalf("%s asks for %s, which is not in a scrape", file, name)
+			}
+			found++
+		}
+	}
+	if found < 20 {
+		ts.Fatalf("%d metrics named: what became of the files?", found)
+	}
+}
