@@ -64,7 +64,11 @@ func examineHAProxy(ctx context.Context, c *config) []consul.Finding {
 	if err != nil {
 		return []consul.Finding{{What: "haproxy", Level: consul.Fail, Text: err.Error(), Fix: "apt install haproxy (2.6 or later), or -haproxy PATH"}}
 	}
-	out := []consul.Finding{{What: "haproxy", Level: consul.OK, Text: fmt.Sprintf("%s at %s (%s)", b.Version, b.Path, strings.Join(b.Version.Features().Names(), ", "))}}
+	text := fmt.Sprintf("%s at %s", b.Version, b.Path)
+	if names := b.Version.Features().Names(); len(names) > 0 {
+		text += ", " + strings.Join(names, ", ")
+	}
+	out := []consul.Finding{{What: "haproxy", Level: consul.OK, Text: text}}
 	for _, bug := range b.Version.Bugs() {
 		out = append(out, consul.Finding{What: "haproxy", Level: consul.Warn, Text: bug, Fix: "3.2.8 or later has none of these"})
 	}
