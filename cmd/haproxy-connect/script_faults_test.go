@@ -402,8 +402,9 @@ func (w *world) cmdNotified(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Check(err)
 		w.env.Defer(func() { c.Close() })
 		ts.Setenv("NOTIFY_SOCKET", path)
-		w.logs["systemd"] = &logBuffer{}
-		go func() { _, _ = io.Copy(w.logs["systemd"], c) }()
+		log := &logBuffer{}
+		w.logs["systemd"] = log
+		go func() { _, _ = io.Copy(log, c) }()
 		return
 	}
 	w.cmdLog(ts, false, []string{"systemd", args[0]})
