@@ -587,7 +587,10 @@ func (s *sidecar) drainInbound(ctx context.Context, id string) {
 		}
 	}
 	if !s.conf.register { // else it is deregistered by now
-		if err := s.client.Leave(ctx, id); err != nil {
+		quick, done := context.WithTimeout(ctx, 2*time.Second)
+		err := s.client.Leave(quick, id)
+		done()
+		if err != nil {
 			s.log.Warn("cannot leave the mesh before the listener closes; callers notice by themselves", "error", err, "try", "is the agent there, and may the token write the service?")
 		}
 	}
