@@ -331,7 +331,7 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 	}
 	var taken []*render.Refused
 	held := map[string]bool{}
-	if m.running != nil && m.conf.Proxy.Up() {
+	if m.running != nil { // also while HAProxy is being started again: it may have them already
 		for _, s := range m.running.Sections {
 			held[s.Name] = true
 		}
