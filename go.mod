@@ -7,6 +7,7 @@ require (
 	github.com/haproxytech/config-parser/v5 v5.1.6
 	github.com/hashicorp/consul/api v1.32.0
 	github.com/hashicorp/go-multierror v1.1.1
+	github.com/hashicorp/go-sockaddr v1.0.7
 	github.com/prometheus/client_golang v1.25.0
 	github.com/rogpeppe/go-internal v1.14.1
 	github.com/spiffe/go-spiffe/v2 v2.5.0

@@ -136,7 +136,6 @@ type statusEndpoint struct {
 	Health   string `json:"health,omitempty"`
 	Sessions int    `json:"sessions"`
 	Latency  int    `json:"latency_ms"`
-	Answers  bool   `json:"answers"`
 	Verified bool   `json:"verified"` // it has sent something, which nobody does before its identity was verified
 }
 
@@ -339,7 +338,7 @@ func known(list []statusEndpoint, u *connect.Upstream, running *render.Config, s
 		list[i].Health = row["status"]
 		list[i].Sessions, _ = strconv.Atoi(row["scur"])
 		answered, _ := strconv.Atoi(row["bout"])
-		list[i].Answers, list[i].Verified = answered > 0, answered > 0
+		list[i].Verified = answered > 0
 		list[i].Latency, _ = strconv.Atoi(row["ttime"])
 		if u.Protocol.IsHTTP() {
 			list[i].Latency, _ = strconv.Atoi(row["rtime"])

@@ -19,19 +19,19 @@ import (
 // app is the application that the sidecar runs: the command after --.
 type app struct {
 	args []string
-	errw io.Writer
 
-	mu   sync.Mutex
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
-	err  error         // of its start
+	mu    sync.Mutex
+	cmd   *exec.Cmd
+	began chan struct{} // closed when it runs
+	done  chan struct{} // closed when it has ended
+	err   error         // of its start
 }
 
-func newApp(args []string, errw io.Writer) *app {
+func newApp(args []string) *app {
 	if len(args) == 0 {
 		return nil
 	}
-	return &app{args: args, errw: errw, done: make(chan struct{})}
+	return &app{args: args, began: make(chan struct{}), done: make(chan struct{})}
 }
 
 // forwarded are the signals that are the application's own business. SIGTERM and
@@ -41,14 +41,8 @@ var forwarded = []os.Signal{syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, sy
 // runApp starts the application when the sidecar is ready, and stops the sidecar when
 // the application ends.
 func (s *sidecar) runApp(ctx context.Context) {
-	t := time.NewTicker(5 * time.Millisecond)
-	defer t.Stop()
-	for len(s.reasons()) > 0 {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
+	if !s.awaitReady(ctx) {
+		return
 	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, forwarded...)
@@ -85,17 +79,12 @@ func (a *app) start() error {
 		return a.err
 	}
 	a.cmd = cmd
+	close(a.began)
 	go func() {
 		_ = cmd.Wait()
 		close(a.done)
 	}()
 	return nil
-}
-
-func (a *app) started() bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.cmd != nil
 }
 
 // stop asks the application to end, and ends it after the timeout or when ctx ends. It

@@ -39,6 +39,8 @@ var only = map[string]string{
 	"github.com/go-jose/go-jose":           "intentions/jwt",
 	"github.com/prometheus/client_golang":  "cmd/haproxy-connect",
 	"golang.org/x/sync":                    "cmd/haproxy-connect",
+	"github.com/hashicorp/go-sockaddr":     "connect/consul",
+	"golang.org/x/sys":                     "haproxy/process",
 }
 
 func TestArchitecture(t *testing.T) {

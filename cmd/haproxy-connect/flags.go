@@ -87,7 +87,8 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	fs.BoolVar(&c.register, "register", false, "register the sidecar, and deregister it on exit")
 	str(&c.registration.Service, "service", "", "with -register: `name` of the service")
 	fs.IntVar(&c.registration.Port, "port", 0, "with -register: `port` of the application on 127.0.0.1; 0 for a client only")
-	str(&c.registration.Listen, "listen", "", "with -register: `address:port` of the public listener (default: a free port from 21000 on)")
+	str(&c.registration.Instance, "register-id", "", "with -register: `ID` that tells this replica from others on the same agent; hostname for this host's name")
+	str(&c.registration.Listen, "listen", "", "with -register: `address:port` of the public listener, or a template such as '{{ GetInterfaceIP \"eth0\" }}:21000' (default: a free port from 21000 on)")
 	fs.Var((*stringsFlag)(&c.registration.Upstreams), "upstream", "with -register: `name:port` or name:address:port; may be repeated")
 	str(&c.haproxy, "haproxy", "haproxy", "HAProxy binary, a `path` or a name on PATH")
 	str(&c.runDir, "run-dir", "", "`directory` for configuration, keys and sockets (default /run/haproxy-connect/<proxy-id>)")
@@ -235,8 +236,8 @@ func (c *config) validate() error {
 			return usageError{err}
 		}
 		c.which.ProxyID = c.registration.ID()
-	} else if c.registration.Service != "" || c.registration.Port != 0 || c.registration.Listen != "" || len(c.registration.Upstreams) > 0 {
-		return usagef("-service, -port, -listen and -upstream only go with -register")
+	} else if c.registration.Service != "" || c.registration.Port != 0 || c.registration.Instance != "" || c.registration.Listen != "" || len(c.registration.Upstreams) > 0 {
+		return usagef("-service, -port, -register-id, -listen and -upstream only go with -register")
 	}
 	switch c.accessLog {
 	case "", "off", "text", "json":

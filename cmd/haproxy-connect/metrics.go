@@ -81,22 +81,22 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 	if who.other {
 		source = "others"
 	}
-	one := &tally{prom: m.authz.WithLabelValues(source, verdict, d.Rule), n: &who.allowed}
+	prom := m.authz.WithLabelValues(source, verdict, d.Rule)
 	switch verdict {
 	case spoe.Deny:
-		one.n = &who.denied
-	case spoe.Ask: // what it asks is counted
-		one.n = &who.asked
+		return &tally{prom, &who.denied}
+	case spoe.Allow:
+		return &tally{prom, &who.allowed}
 	}
-	return one
+	return prom // the page counts what is asked then
 }
 
 // seen is what is known of one caller.
 type seen struct {
-	source                 string
-	other                  bool // stands for callers beyond maxCallers
-	allowed, denied, asked atomic.Uint64
-	last                   atomic.Pointer[intentions.Decision] // deny
+	source          string
+	other           bool // stands for callers beyond maxCallers
+	allowed, denied atomic.Uint64
+	last            atomic.Pointer[intentions.Decision] // deny
 }
 
 // tally counts for Prometheus and for the status page.

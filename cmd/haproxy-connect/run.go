@@ -112,7 +112,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{app: newApp(app, errw), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
+	s := &sidecar{app: newApp(app), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
@@ -308,16 +308,31 @@ func slotsOnDisk(dir string) *render.Config {
 	return render.Slots(text)
 }
 
+// awaitReady returns once there is no reason not to be ready; false when ctx ends first.
+func (s *sidecar) awaitReady(ctx context.Context) bool {
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	for len(s.reasons()) > 0 {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-t.C:
+		}
+	}
+	return true
+}
+
 // comeBack takes back, once callers can be served, what an earlier stop has left: see
 // drainInbound.
 func (s *sidecar) comeBack(ctx context.Context, id string) {
-	t := time.NewTicker(5 * time.Millisecond)
-	defer t.Stop()
-	for len(s.reasons()) > 0 || s.app != nil && !s.app.started() {
+	if !s.awaitReady(ctx) {
+		return
+	}
+	if s.app != nil {
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case <-s.app.began:
 		}
 	}
 	notify("READY=1\nSTATUS=serving")
@@ -412,13 +427,19 @@ func (s *sidecar) endSessions(ctx context.Context, denied func(netip.AddrPort, b
 		of = s.agent.Denied
 	}
 	ended, live, err := haproxy.EndSessions(ctx, workers, of)
-	if err == nil {
-		s.agent.Forget(live)
-	}
 	if http { // a connection between two requests is no session
-		idle, e := s.proc.EndConnections(ctx, snap.Inbound.Port, func(from netip.AddrPort) bool { return !live[from] && denied(from, true) })
+		idle, e := s.proc.EndConnections(ctx, snap.Inbound.Port, func(from netip.AddrPort) bool {
+			if live[from] || !denied(from, true) {
+				live[from] = true
+				return false
+			}
+			return true
+		})
 		ended += idle
 		err = errors.Join(err, e)
+	}
+	if err == nil { // only now is all known that lives
+		s.agent.Forget(live)
 	}
 	s.revoked.Add(uint64(ended))
 	if ended > 0 {

@@ -1183,7 +1183,7 @@ func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		defer res.Body.Close()
 		b, _ := io.ReadAll(res.Body)
-		last = len(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} `).FindAll(b, -1))
+		last = len(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} [1-9]`).FindAll(b, -1))
 		if strconv.Itoa(last) != args[1] {
 			return errors.New("not yet")
 		}

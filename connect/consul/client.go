@@ -102,8 +102,9 @@ func NewClient(c Config) (*Client, error) {
 	return &Client{api: client, addr: conf.Address}, nil
 }
 
-// withQuery adds the query that a context carries, and hands the answer's header back: the library's raw call, which
-// gives the whole answer where its types leave fields out, takes only a path.
+// withQuery adds the query that a context carries, and hands the answer's header back:
+// the library's raw call, which gives the whole answer where its types leave fields out,
+// takes only a path.
 type withQuery struct{ next http.RoundTripper }
 
 type queryKey struct{}

@@ -33,10 +33,9 @@ const (
 	Fail Level = "fail"
 )
 
-// Facts are what later checks need of Consul; nil parts could not be learnt.
+// Facts are what later checks need of Consul; empty parts could not be learnt.
 type Facts struct {
 	ProxyID string
-	Service *api.AgentService
 	Listens []string // addresses that the sidecar will listen on
 }
 
@@ -84,7 +83,6 @@ func (c *Client) Examine(ctx context.Context, w Which) (f Facts, out []Finding) 
 		say("registration", Fail, err.Error(), hint(err))
 		return f, out
 	}
-	f.Service = s
 	name := s.Proxy.DestinationServiceName
 	say("registration", OK, fmt.Sprintf("%s is the sidecar of %s", id, name), "")
 	f.Listens = listens(s)

@@ -6,18 +6,21 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/hashicorp/consul/api"
+	"github.com/hashicorp/go-sockaddr/template"
 )
 
 // Registration is a sidecar that registers itself.
 type Registration struct {
 	Service   string // the represented service
 	Port      int    // of the application; 0: a client only
-	Listen    string // addr:port of the public listener; "" picks a free port
+	Instance  string // tells replicas on one agent apart; "" for the only one, "hostname" for this host's name
+	Listen    string // addr:port of the public listener, the address perhaps a template of go-sockaddr; "" picks a free port
 	Upstreams []string
 }
 
@@ -25,7 +28,20 @@ type Registration struct {
 const firstPort, lastPort = 21000, 21255
 
 // ID of the sidecar, as Consul names those it makes.
-func (r Registration) ID() string { return r.Service + "-sidecar-proxy" }
+func (r Registration) ID() string { return r.of() + "-sidecar-proxy" }
+
+// of is the ID of the represented instance.
+func (r Registration) of() string {
+	switch r.Instance {
+	case "":
+		return r.Service
+	case "hostname":
+		if host, err := os.Hostname(); err == nil {
+			return r.Service + "-" + host
+		}
+	}
+	return r.Service + "-" + r.Instance
+}
 
 func (r Registration) check() string { return "service:" + r.ID() + ":haproxy-connect" }
 
@@ -61,8 +77,8 @@ func ParseUpstream(s string) (api.Upstream, error) {
 // Build makes the registration as Consul takes it. Errors name the flag.
 func (r Registration) build() (*api.AgentServiceRegistration, error) {
 	reg := &api.AgentServiceRegistration{
-		Kind: api.ServiceKindConnectProxy, ID: r.ID(), Name: r.ID(),
-		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: r.Service, DestinationServiceID: r.Service, LocalServicePort: r.Port},
+		Kind: api.ServiceKindConnectProxy, ID: r.ID(), Name: r.Service + "-sidecar-proxy",
+		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: r.Service, DestinationServiceID: r.of(), LocalServicePort: r.Port},
 		// Held up by Beat: only a sidecar that serves is passing.
 		Check: &api.AgentServiceCheck{CheckID: r.check(), Name: "haproxy-connect is ready", TTL: "30s", Status: api.HealthCritical},
 	}
@@ -77,14 +93,25 @@ func (r Registration) build() (*api.AgentServiceRegistration, error) {
 		reg.Proxy.Upstreams = append(reg.Proxy.Upstreams, u)
 	}
 	if r.Listen != "" {
-		host, p, err := net.SplitHostPort(r.Listen)
+		listen, err := template.Parse(r.Listen) // as the -address of Consul's Envoy command
+		if err != nil {
+			return nil, fmt.Errorf("-listen %q: %s", r.Listen, err)
+		}
+		host, p, err := net.SplitHostPort(listen)
 		n, perr := strconv.Atoi(p)
 		if err != nil || perr != nil || !port(n) || host != "" && net.ParseIP(host) == nil {
-			return nil, fmt.Errorf("-listen %q: want address:port or :port", r.Listen)
+			return nil, fmt.Errorf("-listen %q: want address:port or :port%s", r.Listen, meaning(r.Listen, listen))
 		}
 		reg.Address, reg.Port = host, n
 	}
 	return reg, nil
+}
+
+func meaning(given, got string) string {
+	if given == got {
+		return ""
+	}
+	return fmt.Sprintf("; the template gives %q", got)
 }
 
 // Validate reports the first thing wrong with a registration.

@@ -289,6 +289,9 @@ func TestRendererRemembersNothingThatMatters(t *testing.T) {
 				}
 			}
 		}
+		if random.IntN(25) == 0 {
+			full.Inbound.AccessLog.Enabled = !full.Inbound.AccessLog.Enabled
+		}
 		if random.IntN(20) == 0 { // another trust: roots replaced
 			q := newIdentity(t)
 			s.Roots = q.roots

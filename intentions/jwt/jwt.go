@@ -10,6 +10,7 @@
 package jwt
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -199,7 +200,7 @@ func (v *Verifier) follow(ctx context.Context, k *keySet) {
 			retry = max(k.source.MinRetry, firstRetry)
 		} else {
 			wait = retry
-			retry = min(2*retry, max(k.source.MaxRetry, lastRetry))
+			retry = min(2*retry, max(cmp.Or(k.source.MaxRetry, lastRetry), firstRetry))
 		}
 		began := time.Now()
 		t := time.NewTimer(wait - wait/10 + rand.N(wait/5+1))

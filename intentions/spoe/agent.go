@@ -135,13 +135,17 @@ func (a *Agent) remember(from netip.AddrPort, id certs.SPIFFEID) {
 	c := a.callersOf(from)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if who, ok := c.get(from); ok && who.id == id {
+	if who, ok := c.by[from]; ok && who.id == id {
 		return
+	}
+	since := time.Now()
+	if who, ok := c.old[from]; ok && who.id == id {
+		since = who.since
 	}
 	if c.by == nil || len(c.by) >= maxCallers {
 		c.by, c.old = map[netip.AddrPort]known{}, c.by
 	}
-	c.by[from] = known{id, time.Now()}
+	c.by[from] = known{id, since}
 	if len(c.by) == maxCallers/2 && a.opt.Crowded != nil {
 		a.opt.Crowded()
 	}
@@ -557,10 +561,8 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	if d.Allow {
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Allow)
 	} else {
-		if ans.valid {
-			if why := c.epoch.policy.Explain(ans.id, &c.request); why != "" && d.Rule != "headers" && d.Rule != "tokens" {
-				d.Reason = why
-			}
+		if ans.valid && d.Rule != "headers" && d.Rule != "tokens" {
+			d.Reason = c.epoch.policy.Explain(ans.id, &c.request)
 		}
 		c.agent.report(c.epoch, ans.source, d)
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Deny)

@@ -77,7 +77,7 @@ const upstreams = (s) => {
     u.endpoints.forEach((e) => body.append(row(labels, [
       e.name + " on " + e.node + ", " + e.address,
       [e.health || "unknown", /^(UP|no check)/.test(e.health || "") ? "good" : "bad"],
-      [String(e.weight), "n"], [count(e.sessions), "n"], [e.answers ? e.latency_ms + " ms" : "none yet", "n"],
+      [String(e.weight), "n"], [count(e.sessions), "n"], [e.verified ? e.latency_ms + " ms" : "none yet", "n"],
       [(e.verified ? "verified: " : "expected: ") + u.expects.map(service).join(", "), e.verified ? "good" : "soft"],
     ])));
     table.append(thead, body);
