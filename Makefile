@@ -1,4 +1,5 @@
 # make demo   a real mesh on this machine, up until Ctrl-C (CHECK=1: walk the story and end)
+# make tour   the compose mesh of docker/, built from this tree, and its story
 # make test   everything CI checks
 # make build  bin/haproxy-connect
 export PATH := $(PATH):/usr/sbin
@@ -6,16 +7,20 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
 FUZZTIME ?= 20s
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 
-.PHONY: build deps demo test lint unit race fuzz bench
+.PHONY: build deps demo tour test lint unit race fuzz bench
 
 build:
-	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.release=$(VERSION)" -o bin/haproxy-connect ./cmd/haproxy-connect
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.release=$(VERSION)" -o bin/haproxy-connect ./cmd/haproxy-connect
 
 deps:
 	testdata/deps/deps.sh
 
 demo: deps build
 	testdata/demo/demo.sh
+
+# The images, built twice to see that they are the same; the compose mesh and its story.
+tour:
+	testdata/deps/docker.sh sh -c 'docker/image.sh && docker compose -f docker/compose.yaml build -q && docker/tour.sh && testdata/guide/run.sh'
 
 # gofmt and vet find mistakes of form, staticcheck mistakes of sense; no more, so
 # that a finding is always worth reading. ST1005 is off: Consul's own messages, which
@@ -27,6 +32,7 @@ lint:
 
 test: deps build lint race fuzz
 	CHECK=1 testdata/demo/demo.sh
+	$(MAKE) tour
 
 race:
 	go test -race -count=1 -timeout 60m -parallel 3 ./...

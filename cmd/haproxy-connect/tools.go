@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"runtime/debug"
 	"strings"
 	"text/tabwriter"
@@ -227,7 +229,7 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 func adminFlags(name string, addr *string, errw io.Writer) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.StringVar(addr, "admin-addr", "127.0.0.1:1936", "`address:port` of the running sidecar")
+	fs.StringVar(addr, "admin-addr", cmp.Or(os.Getenv("HAPROXY_CONNECT_ADMIN_ADDR"), "127.0.0.1:1936"), "`address:port` of the running sidecar (HAPROXY_CONNECT_ADMIN_ADDR)")
 	fs.Usage = func() {
 		fmt.Fprintf(errw, "Usage: haproxy-connect %s [flags]\n", name)
 		fs.SetOutput(errw)

@@ -1,11 +1,14 @@
-// A visit counter: HTTP on 127.0.0.1:PORT, the count in Redis at REDIS_PORT, which
-// is the sidecar's listener: there is no other way to Redis.
+// A visit counter: HTTP on HOST:PORT, the count in Redis at REDIS_PORT, which is the
+// sidecar's listener: there is no other way to Redis. /api/... goes to api at API_PORT in
+// the same manner.
 'use strict';
 const http = require('http');
 const net = require('net');
 
 const port = Number(process.env.PORT || 8080);
+const host = process.env.HOST || '127.0.0.1';
 const redisPort = Number(process.env.REDIS_PORT || 6379);
+const apiPort = Number(process.env.API_PORT || 9191);
 
 // One command, one answer, one connection: enough of Redis's protocol for INCR.
 function incr(key) {
@@ -25,7 +28,20 @@ function incr(key) {
   });
 }
 
+function forward(req, res) {
+  const call = http.request({ host: '127.0.0.1', port: apiPort, path: req.url.slice('/api'.length), method: req.method }, (answer) => {
+    res.writeHead(answer.statusCode, answer.headers);
+    answer.pipe(res);
+  });
+  call.on('error', (e) => res.writeHead(502).end(`No api: ${e.message}\n`));
+  req.pipe(call);
+}
+
 http.createServer(async (req, res) => {
+  if (req.url.startsWith('/api/')) {
+    forward(req, res);
+    return;
+  }
   if (req.url !== '/') {
     res.writeHead(404).end('not here\n');
     return;
@@ -36,5 +52,5 @@ http.createServer(async (req, res) => {
   } catch (e) {
     res.writeHead(502, { 'Content-Type': 'text/plain' }).end(`No Redis: ${e.message}\n`);
   }
-}).listen(port, '127.0.0.1');
+}).listen(port, host);
 process.on('SIGTERM', () => process.exit(0));
