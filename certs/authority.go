@@ -81,14 +81,14 @@ func (a *Authority) Leaf(service string, life time.Duration) (*Leaf, error) {
 	return ParseLeaf(chain, key)
 }
 
-// Sign makes a certificate with any URIs and dates, also ones that must be refused.
-func (a *Authority) Sign(uris []*url.URL, from time.Time, life time.Duration) (chainPEM, keyPEM string, err error) {
+// Sign makes a certificate with any URIs, dates and DNS names, also ones that must be refused.
+func (a *Authority) Sign(uris []*url.URL, from time.Time, life time.Duration, names ...string) (chainPEM, keyPEM string, err error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return "", "", err
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: serial(), NotBefore: from, NotAfter: from.Add(life), URIs: uris,
+		SerialNumber: serial(), NotBefore: from, NotAfter: from.Add(life), URIs: uris, DNSNames: names,
 		KeyUsage:    x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment | x509.KeyUsageDataEncipherment | x509.KeyUsageKeyAgreement,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}, BasicConstraintsValid: true,
 	}

@@ -41,7 +41,7 @@ import (
 var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this version of HAProxy only: 2.6, 3.0 or 3.2")
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"haproxy-connect": main, "relay": relay})
+	testscript.Main(m, map[string]func(){"haproxy-connect": main, "relay": relay, "bench-answer": benchAnswer})
 }
 
 var measure = flag.Bool("measure", false, "run the scripts of testdata/measure, which print and judge nothing")
@@ -146,6 +146,7 @@ type world struct {
 	issuers  map[string]*issuer
 	scaled   map[string][2]int
 	occupied map[string]net.Listener
+	peers    []*peer
 }
 
 type worldKey struct{}
@@ -212,6 +213,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"scraped": inWorld((*world).cmdScraped), "notified": inWorld((*world).cmdNotified), "json-lines": inWorld((*world).cmdJSONLines), "logged": inWorld((*world).cmdLogged), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
+	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything the tests and the demo need that is not Go: Debian's HAProxy, Redis,
 # Node.js and a browser by apt, HAProxy 3.0 and 3.2 unpacked beside it, and a Consul built
-# once from the module in testdata/consul. What is there already is left alone.
+# once from the module in testdata/consul. What is there already is left alone. With the
+# argument bench also what the benchmarks compare with.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${HAPROXY_CONNECT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/haproxy-connect}
@@ -19,6 +20,11 @@ want curl curl
 want pgrep procps
 want systemd-analyze systemd
 want chromium-headless-shell chromium-headless-shell
+if [ "${1:-}" = bench ]; then
+	want stunnel4 stunnel4
+	want gcc "gcc libc6-dev"
+	[ -e /usr/include/ltdl.h ] || missing+=(libltdl-dev)
+fi
 if [ ${#missing[@]} -gt 0 ]; then
 	say "installing ${missing[*]}"
 	sudo=
@@ -33,7 +39,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 		$sudo chmod +x "$policy"
 		trap '$sudo rm -f "$policy"' EXIT
 	fi
-	$sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+	$sudo apt-get install -y -qq --no-install-recommends ${missing[*]} >/dev/null
 fi
 
 "$here/haproxy.sh" trixie 3.0 "$cache"
@@ -44,5 +50,9 @@ if ! command -v consul >/dev/null 2>&1 && ! "$consul" version >/dev/null 2>&1; t
 	say "building Consul 1.21.0, once; this takes some minutes"
 	(cd "$here/../consul" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$consul.$$" github.com/hashicorp/consul)
 	mv "$consul.$$" "$consul"
+fi
+if [ "${1:-}" = bench ] && ! [ -x "$cache/bin/ghostunnel" ]; then
+	say "building ghostunnel, once"
+	(cd "$here/../ghostunnel" && CGO_ENABLED=1 go build -trimpath -ldflags "-s -w" -o "$cache/bin/ghostunnel" github.com/ghostunnel/ghostunnel)
 fi
 say "ready: $(PATH=$PATH:/usr/sbin haproxy -v | head -1)"

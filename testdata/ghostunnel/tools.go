@@ -1,0 +1,5 @@
+//go:build tools
+
+package ghostunnel
+
+import _ "github.com/ghostunnel/ghostunnel"
