@@ -31,6 +31,7 @@ type config struct {
 	user         string
 	threads      int
 	maxConn      int
+	files        int // limit of open files; 0: as good as none
 	adminAddr    string
 	accessLog    string
 	originator   string
@@ -321,7 +322,7 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
-	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, HardStopAfter: c.hardStop,
+	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, Files: c.files, HardStopAfter: c.hardStop,
 		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, LuaBool: b.Version.Features().LuaBool, SPOP: b.Version.Features().SPOP}
 }
 

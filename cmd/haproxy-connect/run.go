@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -159,7 +160,7 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 	if s.account, err = process.WorkerAccount(s.conf.user); err != nil {
 		return usageError{err}
 	}
-	if err := checkFiles(&s.conf.maxConn, s.log); err != nil {
+	if err := checkFiles(s.conf, s.log); err != nil {
 		return err
 	}
 
@@ -820,26 +821,21 @@ func (s *sidecar) cleanDir() error {
 	return err
 }
 
-// checkFiles derives the connection limit from the limit of open files.
-func checkFiles(maxConn *int, log *slog.Logger) error {
+// checkFiles looks at the limit of open files, which bounds sockets and connections.
+func checkFiles(c *config, log *slog.Logger) error {
 	var r syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
 		return err
 	}
-	// A request of an HTTP upstream holds four descriptors: both ends of the
-	// caller's and of the connector's connection. The rest is for listeners.
-	most := 1_000_000
 	if r.Max < 5_000_000 {
-		most = (int(r.Max) - 300) / 5
+		c.files = int(r.Max)
 	}
-	if most < 50 {
+	if c.files > 0 && c.files < 550 {
 		return fmt.Errorf("the limit of open files is %d: raise it to 1024 at least (ulimit -n, LimitNOFILE=)", r.Max)
 	}
-	if *maxConn == 0 {
-		*maxConn = min(8192, most)
-	} else if *maxConn > most {
-		log.Warn("-max-conn is more than the limit of open files allows", "max_conn", *maxConn, "used", most, "limit", r.Max)
-		*maxConn = most
+	if most := c.files / 5; c.files > 0 && c.maxConn > most {
+		log.Warn("-max-conn is more than the limit of open files allows", "max_conn", c.maxConn, "used", most, "limit", r.Max)
 	}
+	c.maxConn = cmp.Or(c.maxConn, 8192)
 	return nil
 }

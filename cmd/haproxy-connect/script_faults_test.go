@@ -146,13 +146,11 @@ func (w *world) cmdSaid(ts *testscript.TestScript, _ bool, args []string) {
 func (w *world) cmdServers(ts *testscript.TestScript, _ bool, args []string) {
 	var got string
 	err := eventually(patience, func() error {
-		res, err := http.Get("http://" + args[0] + "/metrics?no-maint")
+		text, err := scrape(args[0])
 		if err != nil {
 			return err
 		}
-		defer res.Body.Close()
-		b, _ := io.ReadAll(res.Body)
-		got = fmt.Sprint(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} `).FindAllString(string(b), -1))
+		got = fmt.Sprint(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} `).FindAllString(text, -1))
 		if args[1] == "keep" {
 			w.servers[args[0]] = got
 		} else if (got == w.servers[args[0]]) != (args[1] == "same") {
@@ -481,21 +479,18 @@ func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 // scraped ADMIN,ADMIN FILE...: every metric that the files name is in a scrape of one of
 // these sidecars, with a value.
 func (w *world) cmdScraped(ts *testscript.TestScript, _ bool, args []string) {
-	var scrape []byte
+	var all string
 	for _, admin := range strings.Split(args[0], ",") {
-		res, err := http.Get("http://" + admin + "/metrics")
+		text, err := scrape(admin)
 		ts.Check(err)
-		b, err := io.ReadAll(res.Body)
-		res.Body.Close()
-		ts.Check(err)
-		scrape = append(scrape, b...)
+		all += text
 	}
 	found := 0
 	for _, file := range args[1:] {
 		text, err := os.ReadFile(filepath.Join("..", "..", file))
 		ts.Check(err)
 		for _, name := range regexp.MustCompile(`\bhaproxy_[a-z_]+`).FindAllString(string(text), -1) {
-			if !regexp.MustCompile(`(?m)^` + name + `(\{.*\})? \S+$`).Match(scrape) {
+			if !regexp.MustCompile(`(?m)^` + name + `(\{.*\})? \S+$`).MatchString(all) {
 				ts.Fatalf("%s asks for %s, which is not in a scrape", file, name)
 			}
 			found++

@@ -338,7 +338,7 @@ func (w *world) background(ts *testscript.TestScript, env []string, name string,
 
 // bench-app NAME starts bench-answer, at $NAME_PORT and with HTTP/2 at $NAME_H2_PORT.
 func (w *world) cmdBenchApp(ts *testscript.TestScript, _ bool, args []string) {
-	w.cmdPort(ts, false, []string{args[0] + "_PORT", args[0] + "_H2_PORT"})
+	w.cmdPort(ts, false, []string{envName(args[0]) + "_PORT", envName(args[0]) + "_H2_PORT"})
 	bin := filepath.Join(strings.Split(ts.Getenv("PATH"), string(os.PathListSeparator))[0], "bench-answer")
 	addr := "127.0.0.1:" + ts.Getenv(envName(args[0])+"_PORT")
 	w.background(ts, nil, bin, addr, "127.0.0.1:"+ts.Getenv(envName(args[0])+"_H2_PORT"))
@@ -481,7 +481,7 @@ func (w *world) table(ts *testscript.TestScript) {
 		}
 		return fmt.Sprintf("%.0f (%.0f-%.0f)", mid, low, high)
 	}
-	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", float64(d.Microseconds())/1000) }
+	text := func(d time.Duration) string { return fmt.Sprintf("%.2f", ms(d)) }
 	var lines []series
 	for _, p := range w.peers {
 		all := map[int]*figures{}
@@ -493,7 +493,7 @@ func (w *world) table(ts *testscript.TestScript) {
 			}
 			f.percentiles()
 			all[r] = f
-			line.points = append(line.points, point{float64(r), float64(f.p99.Microseconds()) / 1000})
+			line.points = append(line.points, point{float64(r), ms(f.p99)})
 		}
 		lines = append(lines, line)
 		mid, low, high := p.median("requests", rate)
@@ -513,10 +513,10 @@ func (w *world) table(ts *testscript.TestScript) {
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s%s | %s | %s / %s / %s | %s | %s | %.0f | %.0f | %s |\n", p.name, spread(mid, low, high), spread(cost, costLow, costHigh),
 			map[bool]string{true: fmt.Sprintf(" (%.0f)", own)}[len(p.agents) > 0], ratio,
-			ms(all[1000].p50), ms(all[1000].p99), ms(all[1000].p999), ms(all[4000].p99), spread(conns, connsLow, connsHigh), connCPU, bulk, mem)
+			text(all[1000].p50), text(all[1000].p99), text(all[1000].p999), text(all[4000].p99), spread(conns, connsLow, connsHigh), connCPU, bulk, mem)
 		for _, r := range rates {
-			_, p99Low, p99High := p.median(strconv.Itoa(r), func(f figures) float64 { return float64(f.p99.Microseconds()) / 1000 })
-			fmt.Printf("measured: HAProxy %s: %-40s at %d/s: p50 %s, p99 %s (rounds %.2f-%.2f), p99.9 %s ms\n", w.version, p.name, r, ms(all[r].p50), ms(all[r].p99), p99Low, p99High, ms(all[r].p999))
+			_, p99Low, p99High := p.median(strconv.Itoa(r), func(f figures) float64 { return ms(f.p99) })
+			fmt.Printf("measured: HAProxy %s: %-40s at %d/s: p50 %s, p99 %s (rounds %.2f-%.2f), p99.9 %s ms\n", w.version, p.name, r, text(all[r].p50), text(all[r].p99), p99Low, p99High, text(all[r].p999))
 		}
 	}
 	for line := range strings.Lines(b.String()) {

@@ -213,7 +213,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"scraped": inWorld((*world).cmdScraped), "notified": inWorld((*world).cmdNotified), "json-lines": inWorld((*world).cmdJSONLines), "logged": inWorld((*world).cmdLogged), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
-	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench),
+	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "scale-cost": inWorld((*world).cmdScaleCost),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),
@@ -272,7 +272,7 @@ func eventually(limit time.Duration, try func() error) error {
 	}
 }
 
-// consul ACLPOLICY [INTENTIONPOLICY] starts a server with ACLs.
+// consul ACLPOLICY [INTENTIONPOLICY [CONFIGURATION]] starts a server with ACLs.
 func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	policy, extra := "deny", ""
 	if len(args) > 0 {
@@ -280,6 +280,9 @@ func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	if len(args) > 1 {
 		extra = fmt.Sprintf("default_intention_policy = %q\n", args[1])
+	}
+	if len(args) > 2 {
+		extra += args[2] + "\n"
 	}
 	var p [4]int
 	for i := range p {
@@ -531,6 +534,17 @@ func ready(addr string) error {
 		return fmt.Errorf("not ready: %s", b)
 	}
 	return nil
+}
+
+// scrape is what a sidecar shows at /metrics, without servers in maintenance.
+func scrape(admin string) (string, error) {
+	res, err := http.Get("http://" + admin + "/metrics?no-maint")
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	return string(b), err
 }
 
 // signal NAME TERM|KILL|INT|HUP
@@ -1179,13 +1193,11 @@ func (w *world) cmdScale(ts *testscript.TestScript, _ bool, args []string) {
 func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
 	last := 0
 	if err := eventually(patience, func() error {
-		res, err := http.Get("http://" + args[0] + "/metrics?no-maint")
+		text, err := scrape(args[0])
 		if err != nil {
 			return err
 		}
-		defer res.Body.Close()
-		b, _ := io.ReadAll(res.Body)
-		last = len(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} [1-9]`).FindAll(b, -1))
+		last = len(regexp.MustCompile(`(?m)^haproxy_server_weight\{proxy="[^"]*\.default\.dc1",server="[^"]*"\} [1-9]`).FindAllString(text, -1))
 		if strconv.Itoa(last) != args[1] {
 			return errors.New("not yet")
 		}
@@ -1263,9 +1275,16 @@ func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
 func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[2])
 	ts.Check(err)
+	times := w.routeTimes(ts, args[0], args[1], n)
+	fmt.Printf("measured: HAProxy %s: Consul write to request served, %d times: p50 %s, p90 %s, p99 %s, max %s\n",
+		w.version, n, times[n/2], times[n*9/10], times[n*99/100], times[n-1])
+}
+
+// routeTimes of n registrations, sorted; each is deregistered before the next.
+func (w *world) routeTimes(ts *testscript.TestScript, service, url string, n int) (times []time.Duration) {
 	client := &http.Client{Timeout: 5 * time.Second}
 	status := func() int {
-		res, err := client.Get(args[1])
+		res, err := client.Get(url)
 		if err != nil {
 			return 0
 		}
@@ -1280,14 +1299,13 @@ func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) 
 			}
 			return nil
 		}); err != nil {
-			ts.Fatalf("%s never answers %d\n%s", args[1], want, w.allLogs())
+			ts.Fatalf("%s never answers %d\n%s", url, want, w.allLogs())
 		}
 	}
-	var times []time.Duration
 	for range n {
-		w.cmdScale(ts, false, []string{args[0], "0"})
+		w.cmdScale(ts, false, []string{service, "0"})
 		until(http.StatusServiceUnavailable)
-		w.cmdScale(ts, false, []string{args[0], "1"})
+		w.cmdScale(ts, false, []string{service, "1"})
 		begun := time.Now()
 		for status() != http.StatusOK {
 			if time.Since(begun) > patience {
@@ -1298,6 +1316,5 @@ func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) 
 		times = append(times, time.Since(begun))
 	}
 	slices.Sort(times)
-	fmt.Printf("measured: HAProxy %s: Consul write to request served, %d times: p50 %s, p90 %s, p99 %s, max %s\n",
-		w.version, n, times[n/2], times[n*9/10], times[n*99/100], times[n-1])
+	return times
 }

@@ -120,7 +120,7 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := checkFiles(&c.maxConn, log); err != nil {
+	if err := checkFiles(&c, log); err != nil {
 		return err
 	}
 	account, err := process.WorkerAccount(c.user)

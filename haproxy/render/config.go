@@ -53,6 +53,7 @@ type Options struct {
 	User, Group   string // of the worker; "" keeps ours
 	Threads       int    // 0: 2
 	MaxConn       int    // 0: 4096
+	Files         int    // limit of open files, which sockets and connections share; 0: none
 	HardStopAfter time.Duration
 	AccessLog     AccessLog // "": as Consul says, else off
 	Originator    Originator

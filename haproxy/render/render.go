@@ -110,6 +110,8 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	for _, g := range o.global(&s.Inbound) {
 		add(g.builder, g.what, nil)
 	}
+	connections := len(c.Sections) // known when the sockets are
+	c.Sections = append(c.Sections, nil)
 	add(o.defaults(), "defaults of every proxy below", nil)
 	add(o.admin(), "statistics and metrics, for haproxy-connect alone", nil)
 	if s.Inbound.Port != 0 {
@@ -187,7 +189,7 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 			book.drop(old.back.class, old.values)
 		}
 	}
-	book.assign()
+	book.assign(o.Files / 2)
 	whole := true
 	for _, u := range s.Upstreams {
 		hit := next[u]
@@ -210,6 +212,9 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 		c.Sections = append(c.Sections, hit.front, hit.full)
 	}
 	c.Slots = book.published()
+	if c.Sections[connections], err = r.build(section("global", "").add("maxconn %d", o.connections(c.Slots, len(s.Upstreams))), "what the limit of open files leaves beside the sockets", keep); err != nil {
+		return nil, nil, err
+	}
 	connectors := map[connectorKey][]*Section{}
 	for _, class := range slices.Sorted(maps.Keys(c.Slots)) {
 		t := c.Slots[class]
@@ -266,6 +271,19 @@ type globalSection struct {
 	what string
 }
 
+// connections is how many there may be at once. One of an HTTP upstream holds four
+// descriptors, both ends of the caller's and of the connector's, and each listener one.
+func (o *Options) connections(slots map[string]*SlotTable, upstreams int) int {
+	if o.Files == 0 {
+		return o.MaxConn
+	}
+	taken := 300 + (upstreams+255)/256*256 // in steps: one upstream more is no other limit
+	for _, t := range slots {
+		taken += t.Size
+	}
+	return max(50, min(o.MaxConn, (o.Files-taken)/5))
+}
+
 // maxOldWorkers caps replaced workers that still have sessions: each keeps its whole
 // memory. The oldest is ended when there would be more.
 const maxOldWorkers = 20
@@ -284,7 +302,7 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	if o.Group != "" {
 		g.word("group", "group", o.Group)
 	}
-	g.add("nbthread %d", o.Threads).add("maxconn %d", o.MaxConn)
+	g.add("nbthread %d", o.Threads)
 	owner := ""
 	if o.User != "" {
 		owner = " user " + o.User

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -134,6 +135,22 @@ func TestSlotsStayWithTheirEndpoints(t *testing.T) {
 		require.False(t, seen[id], "two endpoints in slot %d", id)
 		seen[id] = true
 		require.True(t, id >= 1 && id <= grown.Slots["h1-5000"].Size)
+	}
+}
+
+// Sockets and connections share the limit of open files: HAProxy does not start beyond it.
+func TestOpenFilesSuffice(t *testing.T) {
+	p := newIdentity(t)
+	for _, endpoints := range []int{10, 200, 1500, 3000} {
+		const limit = 6000
+		c := mustRender(t, p.snapshot(1, endpoints), Options{Files: limit, MaxConn: 8192}, nil)
+		size := c.Slots["h1-5000"].Size
+		require.GreaterOrEqual(t, size, endpoints)
+		most := regexp.MustCompile(`(?m)^  maxconn (\d+)$`).FindStringSubmatch(c.Text())
+		require.NotNil(t, most)
+		n, err := strconv.Atoi(most[1])
+		require.NoError(t, err)
+		require.Less(t, size+2*n+300, limit, "%d endpoints: %d sockets, %d connections", endpoints, size, n)
 	}
 }
 

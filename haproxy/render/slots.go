@@ -125,8 +125,9 @@ func (l *ledger) of(class string, values []string) []int {
 }
 
 // assign gives every wanted value a slot and takes it from the others. A table that
-// stays the same is the same pointer.
-func (l *ledger) assign() {
+// stays the same is the same pointer. All sockets together are not more than most (0: any
+// number) unless there are as many endpoints.
+func (l *ledger) assign(most int) {
 	for class, values := range l.changed {
 		delete(l.changed, class)
 		refs := l.refs[class]
@@ -155,10 +156,17 @@ func (l *ledger) assign() {
 		for _, id := range gone { // only now: connections that are being made still mean the old endpoint
 			t.Values[id-1] = ""
 		}
-		for t.Size < 2*t.used || t.Size < len(t.Owners) {
-			t.Size *= 2
+		t.grow()
+		if most := most / len(l.tables); most > 0 && t.Size > most {
+			t.Size = max(old.Size, most, (len(t.Owners)+minSlots-1)/minSlots*minSlots)
 		}
 		l.tables[class] = t
+	}
+}
+
+func (t *SlotTable) grow() {
+	for t.Size < 2*t.used || t.Size < len(t.Owners) {
+		t.Size *= 2
 	}
 }
 
@@ -223,9 +231,7 @@ func Slots(maps map[string]string) *Config {
 			}
 			t.Values[id-1], t.Owners[id-1] = value, identities(value)
 		}
-		for t.Size < 2*t.used || t.Size < len(t.Owners) {
-			t.Size *= 2
-		}
+		t.grow()
 		c.Slots[class] = t
 	}
 	return c
