@@ -348,13 +348,17 @@ func (p *Process) await(ctx context.Context, died <-chan error, old int, limit t
 	defer cancel()
 	t := time.NewTicker(pollEvery)
 	defer t.Stop()
-	for {
-		// A master that has no worker yet may keep a command for ever: ask again.
-		once, cancel := context.WithTimeout(ctx, askAgain)
+	for patience := askAgain; ; {
+		// A master that has no worker yet may keep a command for ever: ask again. Each
+		// time later, as it keeps ten at most and the worker may need long to start.
+		once, cancel := context.WithTimeout(ctx, patience)
 		pid, err := p.worker(once)
 		cancel()
 		if err == nil && pid != 0 && pid != old {
 			return nil
+		}
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+			patience *= 2
 		}
 		select {
 		case err := <-died:
@@ -480,7 +484,13 @@ func (p *Process) abandon(c *child) {
 		select {
 		case <-c.done:
 			t.Stop()
-			_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+			// Its worker holds the listeners until it is gone.
+			for range 250 {
+				if syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) != nil {
+					return
+				}
+				time.Sleep(pollEvery)
+			}
 			return
 		case <-t.C:
 		}
