@@ -7,7 +7,7 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
 FUZZTIME ?= 20s
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 
-.PHONY: build deps demo tour test lint unit race fuzz bench
+.PHONY: build deps demo tour test lint unit race fuzz bench soak
 
 build:
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.release=$(VERSION)" -o bin/haproxy-connect ./cmd/haproxy-connect
@@ -53,7 +53,16 @@ fuzz:
 	go test ./haproxy/render -run '^$$' -fuzz FuzzAccessFormat $(FUZZ)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(FUZZ)
 
-# Prints; judges nothing. The second line drives real Consul and HAProxy.
-bench: deps
+# Prints; judges nothing. The second line drives real Consul and HAProxy, and writes the
+# tables and plots of the README with UPDATE=-update.
+bench:
+	testdata/deps/deps.sh bench
 	go test ./... -p 1 -run '^$$' -bench . -benchmem | grep -v 'no test files\|^PASS\|^ok'
-	go test ./cmd/haproxy-connect -run TestMeasure -measure -parallel 1 -v | grep measured
+	go test ./cmd/haproxy-connect -run TestMeasure -measure -parallel 1 -timeout 60m -v $(UPDATE) | grep measured
+
+# Random changes and faults under load until SOAK is over or something breaks; SEED=n
+# does it again.
+SOAK ?= 10m
+SEED ?= 0
+soak: deps
+	go test ./cmd/haproxy-connect -run TestSoak -soak $(SOAK) -seed $(SEED) -timeout 0 -v $(if $(VERSION_OF_HAPROXY),-haproxy-version $(VERSION_OF_HAPROXY))

@@ -75,6 +75,9 @@ func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
 			http.Error(rw, "half of them", http.StatusInternalServerError)
 			return
 		}
+		if mode == "slow" {
+			time.Sleep(300 * time.Millisecond)
+		}
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
 		go func() {
@@ -95,8 +98,8 @@ func (b *between) now() (string, chan struct{}) {
 	return b.mode, b.cut
 }
 
-// fault none|STATUS|half|oldroot|skew: every request gets this status, or every second
-// one fails, or inactive roots are left out of the list, or the agent's clock is wrong. What waits is ended.
+// fault none|STATUS|half|slow|oldroot|skew: every request gets this status, or every second
+// one fails, or each takes 0.3 s longer, or inactive roots are left out of the list, or the agent's clock is wrong. What waits is ended.
 func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
 	b := w.between
 	b.mu.Lock()

@@ -147,6 +147,7 @@ type world struct {
 	scaled   map[string][2]int
 	occupied map[string]net.Listener
 	peers    []*peer
+	commands map[string]func(*testscript.TestScript, bool, []string)
 }
 
 type worldKey struct{}
@@ -159,7 +160,7 @@ func newWorld(e *testscript.Env, consul, haproxy, version string) error {
 	w := &world{env: e, consul: consul, haproxy: haproxy, version: version, dir: dir, cars: map[string]*exec.Cmd{}, logs: map[string]*logBuffer{},
 		loads: map[string]*load{}, counts: map[string]*atomic.Int64{}, idle: map[string]net.Conn{},
 		servers: map[string]string{}, tokens: map[string][2]string{}, issuers: map[string]*issuer{},
-		scaled: map[string][2]int{}, occupied: map[string]net.Listener{}}
+		scaled: map[string][2]int{}, occupied: map[string]net.Listener{}, commands: worldCommands}
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
@@ -213,7 +214,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"scraped": inWorld((*world).cmdScraped), "notified": inWorld((*world).cmdNotified), "json-lines": inWorld((*world).cmdJSONLines), "logged": inWorld((*world).cmdLogged), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
-	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "scale-cost": inWorld((*world).cmdScaleCost),
+	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "soak": inWorld((*world).cmdSoak), "scale-cost": inWorld((*world).cmdScaleCost),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),
@@ -413,6 +414,9 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 					for {
 						line, err := br.ReadString('\n')
 						count.Add(int64(len(line)))
+						if strings.Contains(line, forbidden) {
+							unauthorized.Add(1)
+						}
 						if err != nil {
 							return
 						}
@@ -428,6 +432,9 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 	default:
 		h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			count.Add(1)
+			if strings.Contains(r.URL.Path, strings.ReplaceAll(forbidden, " ", "-")) {
+				unauthorized.Add(1)
+			}
 			b, _ := io.ReadAll(r.Body)
 			if d, err := time.ParseDuration(r.URL.Query().Get("sleep")); err == nil {
 				time.Sleep(d)

@@ -1,0 +1,398 @@
+package main
+
+import (
+	"cmp"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+var (
+	soakFor  = flag.Duration("soak", 45*time.Second, "how long TestSoak goes on")
+	soakSeed = flag.Uint64("seed", 0, "what TestSoak draws from; 0 for a new one, which is printed")
+)
+
+// TestSoak tries to break a small mesh: see testdata/soak. What it does is printed, and
+// -seed does it again in the same order.
+func TestSoak(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs Consul and HAProxy")
+	}
+	consul := need(t, consulPath())
+	version := cmp.Or(*onlyHAProxy, "3.2")
+	path := versions(t)[version]
+	t.Parallel() // with the scripts
+	testscript.Run(t, testscript.Params{
+		Dir:   filepath.Join("..", "..", "testdata", "soak"),
+		Setup: func(e *testscript.Env) error { return newWorld(e, consul, path, version) }, Cmds: worldCommands, RequireUniqueNames: true,
+	})
+}
+
+// unauthorized counts what reached an application of somebody who is never allowed.
+var unauthorized atomic.Int64
+
+const forbidden = "this must not arrive"
+
+// soak is one run.
+type soak struct {
+	w    *world
+	ts   *testscript.TestScript
+	r    *rand.Rand
+	size map[string]int // endpoints by service
+	more bool           // www has a third upstream
+	evil atomic.Pointer[tls.Certificate]
+	slow time.Duration // the longest time to converge
+	took map[string]int
+}
+
+// happening is a step: what is done, whether calls may fail while it lasts, and how often
+// it is drawn. When do returns, everything must have converged.
+type happening struct {
+	name    string
+	weight  int
+	excused bool
+	do      func(s *soak)
+}
+
+var happenings = []happening{
+	{"endpoints", 10, false, func(s *soak) { s.scale(); s.settled() }},
+	{"many endpoints", 3, false, func(s *soak) {
+		for range 5 {
+			s.scale()
+		}
+		s.settled()
+	}},
+	{"intentions", 6, false, func(s *soak) {
+		service, addr := "api", "127.0.0.1:"+s.ts.Getenv("PUB1")
+		if s.r.IntN(2) == 0 {
+			service, addr = "db", "127.0.0.1:"+s.ts.Getenv("PUB2")
+		}
+		s.run("intention", "deny", "other", service)
+		s.run("mesh-call", map[string]string{"api": "403", "db": "refused"}[service], addr, "other")
+		s.run("intention", "delete", "other", service)
+		s.run("mesh-call", "ok", addr, "other")
+	}},
+	{"intentions of others", 3, false, func(s *soak) { s.run("churn-intentions", s.pick("api", "db"), "20") }},
+	{"roots", 2, false, func(s *soak) {
+		s.run("rotate-roots")
+		s.run("leaf-root", "127.0.0.1:"+s.ts.Getenv("PUB1"), "127.0.0.1:"+s.ts.Getenv("PUB2"))
+	}},
+	{"upstreams", 3, false, func(s *soak) {
+		s.more = !s.more
+		if s.more {
+			s.run("register", "www2.json")
+			s.run("http", "200", "http://127.0.0.1:"+s.ts.Getenv("UP3")+"/")
+			return
+		}
+		s.run("register", "www.json")
+		s.eventually("the listener is gone", func() error {
+			c, err := net.Dial("tcp", "127.0.0.1:"+s.ts.Getenv("UP3"))
+			if err == nil {
+				c.Close()
+				return errors.New("it listens")
+			}
+			return nil
+		})
+	}},
+	{"inbound settings", 2, false, func(s *soak) { s.run("register", s.pick("api.json", "api2.json", "db.json", "db2.json")) }},
+	{"agent in trouble", 4, false, func(s *soak) {
+		s.run("fault", s.pick("429", "500", "403", "half", "slow", "skew"))
+		s.scale()
+		s.traffic()
+		s.run("fault", "none")
+		s.settled()
+	}},
+	{"servers away", 2, false, func(s *soak) {
+		s.run("consul-stop")
+		s.traffic()
+		s.run("consul-start")
+		s.scale()
+		s.settled()
+	}},
+	{"token", 2, false, func(s *soak) {
+		s.run("token-revoke", "TOKEN")
+		s.run("fault", "none") // what waits is ended, and refused
+		s.traffic()
+		s.run("token-restore", "TOKEN")
+		s.scale()
+		s.settled()
+	}},
+	{"disk full", 2, false, func(s *soak) {
+		small := filepath.Join(s.w.dir, "small")
+		s.run("full", small)
+		s.scale()
+		s.settled()
+		s.note("rm %s", filepath.Join(small, "filler"))
+		s.ts.Check(os.Remove(filepath.Join(small, "filler")))
+	}},
+	{"files removed", 2, false, func(s *soak) {
+		file := filepath.Join(s.w.dir, s.pick("api/tls/leaf.pem", "db/haproxy.cfg", "small/www/tls/roots.pem"))
+		s.note("rm %s", file)
+		s.ts.Check(os.Remove(file))
+		s.eventually(file+" is back", func() error { _, err := os.Stat(file); return err })
+	}},
+	{"HAProxy killed", 2, true, func(s *soak) {
+		s.run("kill-haproxy", s.pick("api", "db", "small/www"), s.pick("worker", "master"))
+	}},
+	{"we are killed", 2, true, func(s *soak) {
+		name := s.pick("api", "db", "www")
+		s.run("signal", name, "KILL")
+		s.run("exited", name, "-1")
+		s.start(name)
+	}},
+	{"we are restarted", 2, true, func(s *soak) {
+		name := s.pick("api", "db", "www")
+		s.run("drop", "session") // a drain would wait for it
+		s.run("signal", name, "TERM")
+		s.run("exited", name, "0")
+		s.start(name)
+	}},
+}
+
+func (s *soak) start(name string) {
+	args := []string{name, "-sidecar-for", name, "-access-log", "off"}
+	if name == "www" {
+		args = append(args, "-http-addr", s.ts.Getenv("BETWEEN"), "-token", s.ts.Getenv("TOKEN"), "-run-dir", filepath.Join(s.w.dir, "small", "www"))
+	}
+	s.run("sidecar", args...)
+}
+
+func (s *soak) pick(of ...string) string { return of[s.r.IntN(len(of))] }
+
+func (s *soak) note(format string, args ...any) {
+	fmt.Printf("soak: %s > %s\n", time.Now().UTC().Format(time.StampMilli), fmt.Sprintf(format, args...))
+}
+
+// run is a command of the scripts: what is printed can be put into one.
+func (s *soak) run(command string, args ...string) {
+	s.note("%s %s", command, strings.Join(args, " "))
+	s.w.commands[command](s.ts, false, args)
+}
+
+func (s *soak) eventually(what string, try func() error) {
+	if err := eventually(patience, try); err != nil {
+		s.ts.Fatalf("%s: %v\n%s", what, err, s.w.allLogs())
+	}
+}
+
+func (s *soak) scale() {
+	service := s.pick("api", "db")
+	args := []string{service, strconv.Itoa(1 + s.r.IntN(12))}
+	if s.r.IntN(3) == 0 {
+		args = append(args, "roll")
+	}
+	s.run("scale", args...)
+	s.size[service], _ = strconv.Atoi(args[1])
+}
+
+// settled: HAProxy has the endpoints that there are.
+func (s *soak) settled() {
+	s.run("endpoints", s.ts.Getenv("WWW_ADMIN"), strconv.Itoa(s.size["api"]+s.size["db"]))
+}
+
+// traffic waits for calls to be answered, whatever is wrong just now.
+func (s *soak) traffic() {
+	for name, l := range s.w.loads {
+		had := l.good.Load()
+		s.eventually("calls of "+name+" are answered", func() error {
+			if l.good.Load() < had+100 {
+				return fmt.Errorf("%d answered", l.good.Load()-had)
+			}
+			return nil
+		})
+	}
+}
+
+// recovered is what must hold after a fault that calls may have noticed.
+func (s *soak) recovered() {
+	s.run("http", "200", "http://127.0.0.1:"+s.ts.Getenv("UP1")+"/")
+	s.run("tcp", "ok", "127.0.0.1:"+s.ts.Getenv("UP2"), "ping", "db ping")
+	s.settled()
+	for name, l := range s.w.loads { // those begun before
+		failed, since := l.failed.Load(), l.good.Load()
+		s.eventually("calls of "+name+" go well again", func() error {
+			if now := l.failed.Load(); now != failed {
+				failed, since = now, l.good.Load()
+			}
+			if l.good.Load() < since+100 {
+				return fmt.Errorf("%d in a row", l.good.Load()-since)
+			}
+			return nil
+		})
+	}
+	_ = s.w.idle["session"].Close()
+	s.run("hold", "session", "127.0.0.1:"+s.ts.Getenv("UP2"))
+}
+
+// intrude tries all the while what is never allowed.
+func (s *soak) intrude(end chan struct{}, tries *atomic.Int64) {
+	for i := 0; ; i++ {
+		select {
+		case <-end:
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+		conf := &tls.Config{InsecureSkipVerify: true}
+		if cert := s.evil.Load(); i%4 != 0 {
+			conf.Certificates = []tls.Certificate{*cert}
+		}
+		port := s.ts.Getenv([]string{"PUB1", "PUB2"}[i%2])
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 2 * time.Second}, "tcp", "127.0.0.1:"+port, conf)
+		if err != nil {
+			continue
+		}
+		_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+		fmt.Fprintf(c, "GET /%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n%s\n", strings.ReplaceAll(forbidden, " ", "-"), forbidden)
+		_, _ = io.Copy(io.Discard, io.LimitReader(c, 4096))
+		c.Close()
+		tries.Add(1)
+	}
+}
+
+// holdings are what one sidecar holds.
+type holdings struct{ goroutines, files, haproxies, kept, memory int }
+
+func (s *soak) usage(name string) (u holdings) {
+	text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
+	s.ts.Check(err)
+	of := func(metric string) int {
+		m := regexp.MustCompile(`(?m)^` + metric + ` (\S+)$`).FindStringSubmatch(text)
+		if m == nil {
+			s.ts.Fatalf("%s does not show %s", name, metric)
+		}
+		v, _ := strconv.ParseFloat(m[1], 64)
+		return int(v)
+	}
+	pids := descendants(s.w.cars[name].Process.Pid)
+	u = holdings{goroutines: of("go_goroutines"), files: of("process_open_fds"), haproxies: len(pids), memory: int(memoryOf(append(pids, s.w.cars[name].Process.Pid)...))}
+	for _, pid := range pids {
+		list, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		u.files += len(list)
+	}
+	dir := filepath.Join(s.w.dir, name)
+	if name == "www" {
+		dir = filepath.Join(s.w.dir, "small", "www")
+	}
+	_ = filepath.WalkDir(dir, func(string, fs.DirEntry, error) error { u.kept++; return nil })
+	return u
+}
+
+// rest brings the mesh to where it began, to compare what is held.
+func (s *soak) rest() map[string]holdings {
+	for _, service := range []string{"api", "db"} {
+		s.run("scale", service, "1")
+		s.size[service] = 1
+	}
+	s.run("register", "api.json", "db.json", "www.json")
+	s.more = false
+	s.settled()
+	_ = s.w.idle["session"].Close() // it keeps the worker that it began in
+	out := map[string]holdings{}
+	for _, name := range []string{"api", "db", "www"} {
+		s.eventually(name+" is at rest", func() error {
+			text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
+			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_old_workers 0$`).MatchString(text) {
+				err = errors.New("old workers")
+			}
+			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_draining_servers 0$`).MatchString(text) {
+				err = errors.New("draining servers")
+			}
+			return err
+		})
+		out[name] = s.usage(name)
+	}
+	s.run("hold", "session", "127.0.0.1:"+s.ts.Getenv("UP2"))
+	return out
+}
+
+// soak: see TestSoak.
+func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
+	seed := cmp.Or(*soakSeed, uint64(time.Now().UnixNano()))
+	s := &soak{w: w, ts: ts, r: rand.New(rand.NewPCG(seed, 0)), size: map[string]int{"api": 1, "db": 1}, took: map[string]int{}}
+	fmt.Printf("soak: HAProxy %s, for %s, -seed %d\n", w.version, *soakFor, seed)
+	newEvil := func() {
+		leaf, err := w.ca.Leaf("evil", time.Hour)
+		ts.Check(err)
+		cert := leaf.TLS()
+		s.evil.Store(&cert)
+	}
+	newEvil()
+	var tries atomic.Int64
+	end := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Add(1)
+	go func() { defer wg.Done(); s.intrude(end, &tries) }()
+	defer func() { close(end); wg.Wait() }()
+
+	total := 0
+	for _, h := range happenings {
+		total += h.weight
+	}
+	s.traffic()
+	before := s.rest()
+	base := map[string]int64{}
+	for begun := time.Now(); time.Since(begun) < *soakFor; {
+		n := s.r.IntN(total)
+		i := slices.IndexFunc(happenings, func(h happening) bool { n -= h.weight; return n < 0 })
+		h := happenings[i]
+		for name, l := range w.loads {
+			base[name] = l.failed.Load()
+			l.first.Store(nil)
+		}
+		s.note("# %s", h.name)
+		s.took[h.name]++
+		since := time.Now()
+		h.do(s)
+		newEvil()
+		s.slow = max(s.slow, time.Since(since))
+		if h.excused {
+			s.recovered()
+		} else {
+			s.traffic()
+			s.run("held", "session", "open")
+			for name, l := range w.loads {
+				if failed := l.failed.Load() - base[name]; failed > 0 {
+					ts.Fatalf("-seed %d: %s: %d calls of %s failed, the first: %s\n%s", seed, h.name, failed, name, *l.first.Load(), w.allLogs())
+				}
+			}
+		}
+		if n := unauthorized.Load(); n > 0 {
+			ts.Fatalf("-seed %d: %s: %d messages of a caller who is never allowed have arrived\n%s", seed, h.name, n, w.allLogs())
+		}
+	}
+	if tries.Load() == 0 {
+		ts.Fatalf("nobody has tried what is forbidden")
+	}
+	after := map[string]holdings{}
+	worse := func() (err error) {
+		for name, b := range before {
+			a := s.usage(name)
+			after[name] = a
+			if a.goroutines > b.goroutines+10 || a.files > b.files+30 || a.haproxies != b.haproxies || a.kept > b.kept+2 || a.memory > b.memory*3/2+20 {
+				err = fmt.Errorf("%s held %+v, holds %+v", name, b, a)
+			}
+		}
+		return err
+	}
+	s.rest()
+	s.eventually("what was held is let go", worse)
+	fmt.Printf("soak: HAProxy %s: %v; %d+%d calls, %d intrusions refused, slowest step %s; held before %+v, after %+v\n", w.version, s.took,
+		w.loads["api"].good.Load(), w.loads["db"].good.Load(), tries.Load(), s.slow.Round(time.Millisecond), before, after)
+}
