@@ -65,4 +65,4 @@ bench:
 SOAK ?= 10m
 SEED ?= 0
 soak: deps
-	go test ./cmd/haproxy-connect -run TestSoak -soak $(SOAK) -seed $(SEED) -timeout 0 -v $(if $(VERSION_OF_HAPROXY),-haproxy-version $(VERSION_OF_HAPROXY))
+	go test ./cmd/haproxy-connect -run TestSoak -soak $(SOAK) -seed $(SEED) -timeout 0 -v $(if $(HAPROXY_VERSION),-haproxy-version $(HAPROXY_VERSION))

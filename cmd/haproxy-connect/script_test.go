@@ -214,7 +214,7 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"scraped": inWorld((*world).cmdScraped), "notified": inWorld((*world).cmdNotified), "json-lines": inWorld((*world).cmdJSONLines), "logged": inWorld((*world).cmdLogged), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
-	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "soak": inWorld((*world).cmdSoak), "scale-cost": inWorld((*world).cmdScaleCost),
+	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "soak": inWorld((*world).cmdSoak), "intentions-cost": inWorld((*world).cmdIntentionsCost), "scale-cost": inWorld((*world).cmdScaleCost),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),
