@@ -445,23 +445,12 @@ func (w *world) cmdJSONLines(ts *testscript.TestScript, _ bool, args []string) {
 // the file, once the configuration has arrived.
 func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 	re := regexp.MustCompile(args[1])
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	last := ""
 	if err := eventually(patience, func() error {
 		if !strings.HasPrefix(args[2], "http") {
 			_, _ = tcpOnce(args[2], "ping") // served or not, it is logged
 		} else {
-			req, err := http.NewRequest(http.MethodGet, args[2], nil)
-			if err != nil {
-				return err
-			}
-			if len(args) > 3 {
-				k, v, _ := strings.Cut(args[3], "=")
-				req.Header.Set(k, v)
-			}
-			if res, err := client.Do(req); err == nil {
-				res.Body.Close()
-			}
+			_, _ = getOnce(args[2:]) // nor here
 		}
 		if log := w.logs[args[0]]; log != nil {
 			last = log.String()

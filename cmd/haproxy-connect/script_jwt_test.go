@@ -98,19 +98,10 @@ func (w *world) cmdHeader(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	last := ""
 	if err := eventually(patience, func() error {
-		req, err := http.NewRequest(http.MethodGet, args[2], nil)
+		res, err := getOnce(args[2:])
 		if err != nil {
 			return err
 		}
-		if len(args) > 3 {
-			k, v, _ := strings.Cut(args[3], "=")
-			req.Header.Set(k, v)
-		}
-		res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}).Do(req)
-		if err != nil {
-			return err
-		}
-		res.Body.Close()
 		if last = res.Header.Get(args[0]); !re.MatchString(last) {
 			return errors.New("not yet")
 		}
@@ -118,4 +109,21 @@ func (w *world) cmdHeader(ts *testscript.TestScript, _ bool, args []string) {
 	}); err != nil {
 		ts.Fatalf("%s: %s is %q, want %s (%v)\n%s", args[2], args[0], last, re, err, w.allLogs())
 	}
+}
+
+// getOnce asks URL [HEADER=VALUE] on a connection of its own. The body is closed.
+func getOnce(args []string) (*http.Response, error) {
+	req, err := http.NewRequest(http.MethodGet, args[0], nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range args[1:] {
+		k, v, _ := strings.Cut(h, "=")
+		req.Header.Set(k, v)
+	}
+	res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}).Do(req)
+	if err == nil {
+		res.Body.Close()
+	}
+	return res, err
 }

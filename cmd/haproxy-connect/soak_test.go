@@ -135,7 +135,7 @@ var happenings = []happening{
 		s.settled()
 	}},
 	{"disk full", 2, false, func(s *soak) {
-		small := filepath.Join(s.w.dir, "small")
+		small := filepath.Join(s.w.dir, "www")
 		s.run("full", small)
 		s.scale()
 		s.settled()
@@ -143,13 +143,13 @@ var happenings = []happening{
 		s.ts.Check(os.Remove(filepath.Join(small, "filler")))
 	}},
 	{"files removed", 2, false, func(s *soak) {
-		file := filepath.Join(s.w.dir, s.pick("api/tls/leaf.pem", "db/haproxy.cfg", "small/www/tls/roots.pem"))
+		file := filepath.Join(s.w.dir, s.pick("api/tls/leaf.pem", "db/haproxy.cfg", "www/tls/roots.pem"))
 		s.note("rm %s", file)
 		s.ts.Check(os.Remove(file))
 		s.eventually(file+" is back", func() error { _, err := os.Stat(file); return err })
 	}},
 	{"HAProxy killed", 2, true, func(s *soak) {
-		s.run("kill-haproxy", s.pick("api", "db", "small/www"), s.pick("worker", "master"))
+		s.run("kill-haproxy", s.pick("api", "db", "www"), s.pick("worker", "master"))
 	}},
 	{"we are killed", 2, true, func(s *soak) {
 		name := s.pick("api", "db", "www")
@@ -169,7 +169,7 @@ var happenings = []happening{
 func (s *soak) start(name string) {
 	args := []string{name, "-sidecar-for", name, "-access-log", "off"}
 	if name == "www" {
-		args = append(args, "-http-addr", s.ts.Getenv("BETWEEN"), "-token", s.ts.Getenv("TOKEN"), "-run-dir", filepath.Join(s.w.dir, "small", "www"))
+		args = append(args, "-http-addr", s.ts.Getenv("BETWEEN"), "-token", s.ts.Getenv("TOKEN"))
 	}
 	s.run("sidecar", args...)
 }
@@ -286,11 +286,7 @@ func (s *soak) usage(name string) (u holdings) {
 		list, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 		u.files += len(list)
 	}
-	dir := filepath.Join(s.w.dir, name)
-	if name == "www" {
-		dir = filepath.Join(s.w.dir, "small", "www")
-	}
-	_ = filepath.WalkDir(dir, func(string, fs.DirEntry, error) error { u.kept++; return nil })
+	_ = filepath.WalkDir(filepath.Join(s.w.dir, name), func(string, fs.DirEntry, error) error { u.kept++; return nil })
 	return u
 }
 
@@ -306,7 +302,8 @@ func (s *soak) rest() map[string]holdings {
 	_ = s.w.idle["session"].Close() // it keeps the worker that it began in
 	out := map[string]holdings{}
 	for _, name := range []string{"api", "db", "www"} {
-		s.eventually(name+" is at rest", func() error {
+		// An old worker ends when its last idle connection is purged from a caller's pool.
+		err := eventually(4*patience, func() error {
 			text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
 			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_old_workers 0$`).MatchString(text) {
 				err = errors.New("old workers")
@@ -316,6 +313,9 @@ func (s *soak) rest() map[string]holdings {
 			}
 			return err
 		})
+		if err != nil {
+			s.ts.Fatalf("%s is not at rest: %v\n%s", name, err, s.w.allLogs())
+		}
 		out[name] = s.usage(name)
 	}
 	s.run("hold", "session", "127.0.0.1:"+s.ts.Getenv("UP2"))

@@ -39,9 +39,14 @@ packages() {
 stop() {
 	local pid
 	docker ps -aq | xargs -r docker rm -f >/dev/null 2>&1 || true
+	docker image prune -f >/dev/null 2>&1 || true
+	docker builder prune -f --keep-storage 4GB >/dev/null 2>&1 || true
 	pid=$(cat "$work/engine.pid" 2>/dev/null) || return 0
 	$sudo kill "$pid" 2>/dev/null || return 0
-	while $sudo kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+	for _ in $(seq 300); do
+		$sudo kill -0 "$pid" 2>/dev/null || return 0
+		sleep 0.1
+	done
 }
 
 need=()
