@@ -775,7 +775,7 @@ func (w *world) cmdLoad(ts *testscript.TestScript, _ bool, args []string) {
 		l.wg.Add(1)
 		go func() {
 			defer l.wg.Done()
-			client := &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{}}
+			client := &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{IdleConnTimeout: 30 * time.Second}}
 			for n := 0; ; n++ {
 				select {
 				case <-l.end:

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
 	"errors"
 	"flag"
@@ -22,6 +23,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 var (
@@ -241,8 +244,8 @@ func (s *soak) recovered() {
 	s.run("hold", "session", "127.0.0.1:"+s.ts.Getenv("UP2"))
 }
 
-// intrude tries all the while what is never allowed.
-func (s *soak) intrude(end chan struct{}, tries *atomic.Int64) {
+// intrude tries all the while what is never allowed, at each address in turn.
+func (s *soak) intrude(end chan struct{}, tries *atomic.Int64, addrs ...string) {
 	for i := 0; ; i++ {
 		select {
 		case <-end:
@@ -250,11 +253,10 @@ func (s *soak) intrude(end chan struct{}, tries *atomic.Int64) {
 		case <-time.After(20 * time.Millisecond):
 		}
 		conf := &tls.Config{InsecureSkipVerify: true}
-		if cert := s.evil.Load(); i%4 != 0 {
+		if cert := s.evil.Load(); i%5 != 0 { // nor without any
 			conf.Certificates = []tls.Certificate{*cert}
 		}
-		port := s.ts.Getenv([]string{"PUB1", "PUB2"}[i%2])
-		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 2 * time.Second}, "tcp", "127.0.0.1:"+port, conf)
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 2 * time.Second}, "tcp", addrs[i%len(addrs)], conf)
 		if err != nil {
 			continue
 		}
@@ -290,6 +292,21 @@ func (s *soak) usage(name string) (u holdings) {
 	return u
 }
 
+// kept is what keeps the old workers of a sidecar: their sessions.
+func (w *world) kept(name string) string {
+	master := runtimeapi.Socket(filepath.Join(w.dir, name, "sock", "master"))
+	ask := func(command string) string {
+		out, err := master.Do(context.Background(), command, nil)
+		return fmt.Sprintln(out, err)
+	}
+	out := ask("show proc")
+	_, old, _ := strings.Cut(out, "# old workers")
+	for _, m := range regexp.MustCompile(`(?m)^(\d+)\s+worker`).FindAllStringSubmatch(old, -1) {
+		out += m[1] + ":\n" + ask("@!"+m[1]+" show sess all")
+	}
+	return out
+}
+
 // rest brings the mesh to where it began, to compare what is held.
 func (s *soak) rest() map[string]holdings {
 	for _, service := range []string{"api", "db"} {
@@ -302,8 +319,9 @@ func (s *soak) rest() map[string]holdings {
 	_ = s.w.idle["session"].Close() // it keeps the worker that it began in
 	out := map[string]holdings{}
 	for _, name := range []string{"api", "db", "www"} {
-		// An old worker ends when its last idle connection is purged from a caller's pool.
-		err := eventually(4*patience, func() error {
+		// An old worker ends when its own pools have let go: a purge comes every 30 s, and
+		// takes half of what the purge before has found in excess.
+		err := eventually(9*patience, func() error {
 			text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
 			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_old_workers 0$`).MatchString(text) {
 				err = errors.New("old workers")
@@ -314,7 +332,7 @@ func (s *soak) rest() map[string]holdings {
 			return err
 		})
 		if err != nil {
-			s.ts.Fatalf("%s is not at rest: %v\n%s", name, err, s.w.allLogs())
+			s.ts.Fatalf("%s is not at rest: %v\n%s\n%s", name, err, s.w.kept(name), s.w.allLogs())
 		}
 		out[name] = s.usage(name)
 	}
@@ -338,7 +356,8 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 	end := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Add(1)
-	go func() { defer wg.Done(); s.intrude(end, &tries) }()
+	addrs := []string{"127.0.0.1:" + ts.Getenv("PUB1"), "127.0.0.1:" + ts.Getenv("PUB2")} // the script's variables are not for two
+	go func() { defer wg.Done(); s.intrude(end, &tries, addrs...) }()
 	defer func() { close(end); wg.Wait() }()
 
 	total := 0
