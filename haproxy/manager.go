@@ -101,6 +101,7 @@ type Manager struct {
 
 	// Only Run's goroutine:
 	running  *render.Config
+	served   []*connect.Upstream  // all that running was made of; nil: look at its sections
 	broken   bool                 // runtime state is unknown: the next step is a reload
 	unsaved  bool                 // the files are older than what runs
 	damage   string               // a file or socket that is gone
@@ -275,6 +276,10 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
 	m.refusals(append(refused, taken...))
+	served := open.Upstreams
+	if len(refused) > 0 {
+		served = nil
+	}
 	defer func() {
 		// A port that another process has may become free: look again.
 		if err == nil && wait == 0 && len(taken) > 0 {
@@ -293,10 +298,10 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if plan.Reload == "" {
 		*since = time.Time{}
 		if plan.Empty() && !m.unsaved {
-			m.done(want)
+			m.done(want, served)
 			return 0, nil
 		}
-		return 0, m.live(ctx, want, plan)
+		return 0, m.live(ctx, want, served, plan)
 	}
 	if plan.Reload != Start && m.conf.Proxy.Up() {
 		// Structure: wait until it is still, so that ten changes are one reload.
@@ -319,7 +324,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if err := m.reload(ctx, want, plan); err != nil {
 		return 0, err
 	}
-	m.done(want)
+	m.done(want, served)
 	return 0, nil
 }
 
@@ -330,15 +335,24 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 		return snap, nil
 	}
 	var taken []*render.Refused
-	held := map[string]bool{}
-	if m.running != nil { // also while HAProxy is being started again: it may have them already
-		for _, s := range m.running.Sections {
-			held[s.Name] = true
+	var sections map[string]bool // of running: also while HAProxy is being started again, it may have them already
+	held := func(i int, name string) bool {
+		if i < len(m.served) && m.served[i].Name == name {
+			return true
 		}
+		if sections == nil {
+			sections = map[string]bool{}
+			if m.running != nil {
+				for _, s := range m.running.Sections {
+					sections[s.Name] = true
+				}
+			}
+		}
+		return sections["frontend up_"+name]
 	}
 	var open []*connect.Upstream
 	for i, u := range snap.Upstreams {
-		if !held["frontend up_"+u.Name] {
+		if !held(i, u.Name) {
 			if err := bindable(u.Listen); err != nil {
 				if taken == nil {
 					open = append(open, snap.Upstreams[:i]...)
@@ -395,8 +409,8 @@ func (m *Manager) refusals(refused []*render.Refused) {
 	}
 }
 
-func (m *Manager) done(want *render.Config) {
-	m.running = want
+func (m *Manager) done(want *render.Config, served []*connect.Upstream) {
+	m.running, m.served = want, served
 	m.mu.Lock()
 	m.status.Ready, m.status.Running = true, want
 	m.status.Deleting = len(m.deleting)
@@ -489,7 +503,7 @@ func (m *Manager) save(c, old *render.Config) error {
 
 // live changes HAProxy while it runs, and the files with it. A disk that is full does
 // not keep an endpoint or a leaf from HAProxy: the files follow when they can.
-func (m *Manager) live(ctx context.Context, want *render.Config, plan Plan) error {
+func (m *Manager) live(ctx context.Context, want *render.Config, served []*connect.Upstream, plan Plan) error {
 	old := m.running
 	if m.unsaved {
 		old = nil
@@ -512,7 +526,7 @@ func (m *Manager) live(ctx context.Context, want *render.Config, plan Plan) erro
 	m.status.Commands += uint64(len(plan.Commands))
 	m.mu.Unlock()
 	m.conf.Log.Debug("changed without a reload", "commands", len(plan.Commands))
-	m.done(want)
+	m.done(want, served)
 	return saved
 }
 

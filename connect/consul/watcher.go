@@ -57,6 +57,8 @@ type state struct {
 	proxy     connect.Proxy
 	inbound   connect.Inbound
 	declared  []declared
+	made      []made          // beside declared
+	moved     bool            // declared is new
 	notices   connect.Notices // of the registration
 	roots     *certs.Roots
 	leaf      *certs.Leaf
@@ -65,7 +67,6 @@ type state struct {
 	heard     struct{ intentions, defaults, mesh, providers bool }
 	allow     bool // default policy
 	answers   map[string]*resolved
-	ups       map[string]*connect.Upstream // as last published, by name
 	policy    *intentions.Policy
 	policyFor intentions.Config
 
@@ -86,6 +87,30 @@ type resolved struct {
 	connect  time.Duration
 	target   connect.Target
 	notices  connect.Notices
+	turn     int // counts changes of protocol, connect, target and notices
+}
+
+// made is an upstream as last published, and what it was made of: one of which nothing
+// has changed costs nothing.
+type made struct {
+	up     *connect.Upstream // nil before the first time
+	turn   int               // of what is known of its destination
+	domain string            // "": it must be made again
+}
+
+// declare takes the upstreams of a registration. One that comes out the same is the same
+// pointer.
+func (st *state) declare(list []declared) {
+	old := make(map[string]*connect.Upstream, len(st.made))
+	for _, m := range st.made {
+		if m.up != nil {
+			old[m.up.Name] = m.up
+		}
+	}
+	st.declared, st.moved, st.made = list, true, make([]made, len(list))
+	for i := range list {
+		st.made[i].up = old[list[i].up.Name]
+	}
 }
 
 // Run follows the agent until ctx ends; it returns when its last goroutine has.
@@ -94,7 +119,7 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 	ctx, cancel := context.WithCancel(ctx)
 	defer w.wg.Wait()
 	defer cancel()
-	st := &state{tlsMode: map[string]api.MutualTLSMode{}, answers: map[string]*resolved{}, ups: map[string]*connect.Upstream{}}
+	st := &state{tlsMode: map[string]api.MutualTLSMode{}, answers: map[string]*resolved{}}
 	w.start(ctx, "registration", w.fetchService(ctx))
 	w.start(ctx, "roots", w.fetchRoots)
 	w.start(ctx, "mesh", w.fetchMesh)
@@ -149,7 +174,10 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 			w.start(ctx, "service-defaults", w.fetchTLSMode(api.ServiceDefaults, st.proxy.Service))
 			w.start(ctx, "proxy-defaults", w.fetchTLSMode(api.ProxyDefaults, api.ProxyConfigGlobal))
 		}
-		w.syncUpstreams(ctx, st)
+		if st.moved {
+			w.syncUpstreams(ctx, st)
+			st.moved = false
+		}
 		if st.dirty {
 			if snap := st.snapshot(); snap != nil {
 				if !over && !st.resolved() {
@@ -192,7 +220,7 @@ func (w *Watcher) fetchService(run context.Context) fetch {
 			}
 			var n connect.Notices
 			st.inbound = inbound(s, &n)
-			st.declared = upstreams(s, st.inbound.Listeners(), &n)
+			st.declare(upstreams(s, st.inbound.Listeners(), &n))
 			st.notices = n
 			st.service = s
 			st.proxy.ID, st.proxy.ServiceID, st.proxy.Service = s.ID, s.Proxy.DestinationServiceID, s.Proxy.DestinationServiceName
@@ -445,6 +473,7 @@ func (w *Watcher) followService(ctx context.Context, name string, d declared) {
 				}
 				if !r.chain || r.protocol != proto || r.connect != timeout || !reflect.DeepEqual(r.notices, notices) {
 					r.chain, r.protocol, r.connect, r.notices, st.dirty = true, proto, timeout, notices, true
+					r.turn++
 				}
 			}, nil
 		})
@@ -631,6 +660,7 @@ func (st *state) setTarget(d declared, t connect.Target) {
 	r.held++ // whatever was held is of yesterday
 	if !reflect.DeepEqual(r.target, t) {
 		r.target, st.dirty = t, true
+		r.turn++
 	}
 }
 
@@ -723,49 +753,20 @@ func (st *state) snapshot() *connect.Snapshot {
 	if st.permissive() {
 		snap.Inbound.PermissivePort = st.service.Proxy.LocalServicePort
 	}
-	next := make(map[string]*connect.Upstream, len(st.declared))
+	snap.Upstreams = make([]*connect.Upstream, 0, len(st.declared))
 	for i := range st.declared {
-		d := &st.declared[i]
-		u := d.up
+		d, m := &st.declared[i], &st.made[i]
 		r := st.answers[d.key]
-		t := u.Target.Name
-		if r != nil {
-			u.Target = r.target
-			u.Target.IDs = slices.Clone(r.target.IDs)
-			for i := range u.Target.IDs {
-				u.Target.IDs[i].TrustDomain = st.roots.TrustDomain
+		notices = append(notices, r.notices...)
+		if m.turn != r.turn || m.domain != st.roots.TrustDomain {
+			u := d.upstream(r, st.roots.TrustDomain)
+			if m.up == nil || !reflect.DeepEqual(*m.up, u) {
+				m.up = &u
 			}
-			u.Protocol = r.protocol
-			if !d.connect && r.connect > 0 {
-				u.ConnectTimeout = r.connect
-			}
-			notices = append(notices, r.notices...)
+			m.turn, m.domain = r.turn, st.roots.TrustDomain
 		}
-		u.Target.Name = t
-		if d.protocol != nil {
-			u.Protocol = *d.protocol
-		}
-		if u.Protocol == "" {
-			u.Protocol = connect.TCP
-		}
-		if !d.idle {
-			switch {
-			case u.Protocol == connect.GRPC:
-				u.IdleTimeout = defaultStream
-			case u.Protocol.IsHTTP():
-				u.IdleTimeout = defaultUpstreamReq
-			default:
-				u.IdleTimeout = defaultTCPIdle
-			}
-		}
-		if old := st.ups[u.Name]; old != nil && reflect.DeepEqual(*old, u) {
-			next[u.Name] = old
-		} else {
-			next[u.Name] = &u
-		}
-		snap.Upstreams = append(snap.Upstreams, next[u.Name])
+		snap.Upstreams = append(snap.Upstreams, m.up)
 	}
-	st.ups = next
 	conf := intentions.Config{Destination: st.proxy.Service, TrustDomain: st.proxy.TrustDomain,
 		HTTP: st.inbound.Protocol.IsHTTP(), DefaultAllow: st.allow, Intentions: st.matched, Providers: st.providers}
 	if st.policy == nil || !reflect.DeepEqual(conf, st.policyFor) {
@@ -774,4 +775,37 @@ func (st *state) snapshot() *connect.Snapshot {
 	snap.Policy = st.policy
 	snap.Notices = notices.Sorted()
 	return snap
+}
+
+// upstream is what was declared, with what is known of its destination.
+func (d *declared) upstream(r *resolved, domain string) connect.Upstream {
+	u := d.up
+	t := u.Target.Name
+	u.Target = r.target
+	u.Target.IDs = slices.Clone(r.target.IDs)
+	for i := range u.Target.IDs {
+		u.Target.IDs[i].TrustDomain = domain
+	}
+	u.Protocol = r.protocol
+	if !d.connect && r.connect > 0 {
+		u.ConnectTimeout = r.connect
+	}
+	u.Target.Name = t
+	if d.protocol != nil {
+		u.Protocol = *d.protocol
+	}
+	if u.Protocol == "" {
+		u.Protocol = connect.TCP
+	}
+	if !d.idle {
+		switch {
+		case u.Protocol == connect.GRPC:
+			u.IdleTimeout = defaultStream
+		case u.Protocol.IsHTTP():
+			u.IdleTimeout = defaultUpstreamReq
+		default:
+			u.IdleTimeout = defaultTCPIdle
+		}
+	}
+	return u
 }

@@ -52,7 +52,7 @@ func (m *mesh) roots(cas ...*certs.Authority) {
 	for _, ca := range cas {
 		list = append(list, map[string]any{"RootCert": ca.CertPEM})
 	}
-	b, err := json.Marshal(map[string]any{"TrustDomain": domain, "Roots": list})
+	b, err := json.Marshal(map[string]any{"TrustDomain": cas[0].TrustDomain, "Roots": list})
 	require.NoError(m.t, err)
 	m.agent.Set("/v1/agent/connect/ca/roots", string(b))
 }
@@ -153,7 +153,22 @@ func TestChangesArrive(t *testing.T) {
 	m.until("two roots", func(s *connect.Snapshot) bool { return s.Roots.Count == 2 })
 	before := s.Leaf
 	m.leaf()
-	m.until("a new leaf", func(s *connect.Snapshot) bool { return s.Leaf.Fingerprint != before.Fingerprint })
+	s = m.until("a new leaf", func(s *connect.Snapshot) bool { return s.Leaf.Fingerprint != before.Fingerprint })
+
+	u = s.Upstreams[0]
+	m.agent.Set("/v1/agent/service/www-proxy", `{"Kind":"connect-proxy","ID":"www-proxy","Service":"www-proxy","Port":21000,"Datacenter":"dc1","ContentHash":"2",
+		"Proxy":{"DestinationServiceName":"www","LocalServicePort":8080,"Upstreams":[{"DestinationName":"cache","LocalBindPort":2},{"DestinationName":"db","LocalBindPort":1}]}}`)
+	s = m.until("another upstream", func(s *connect.Snapshot) bool { return len(s.Upstreams) == 2 })
+	require.Same(t, u, s.Upstreams[1], "what did not change is the same pointer")
+	m.agent.Set("/v1/discovery-chain/db", `{"Chain":{"ServiceName":"db","Protocol":"http","StartNode":"resolver:db","Nodes":{"resolver:db":{"Type":"resolver","Name":"db","Resolver":{"ConnectTimeout":"7s","Target":"t"}}},"Targets":{"t":{"ID":"t","Service":"db","Datacenter":"dc1"}}}}`)
+	m.until("another protocol", func(s *connect.Snapshot) bool { return s.Upstreams[1].Protocol == connect.HTTP })
+	m.ca, err = certs.NewAuthority("22222222-2222-3333-4444-555555555555.consul")
+	require.NoError(t, err)
+	m.leaf()
+	m.roots(m.ca)
+	m.until("another cluster", func(s *connect.Snapshot) bool {
+		return s.Upstreams[1].Target.IDs[0].TrustDomain == m.ca.TrustDomain
+	})
 }
 
 // Errors of every kind leave the last good state; half of the watches failing leaves
