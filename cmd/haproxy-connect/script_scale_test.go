@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -68,7 +69,8 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 		register(n)
 		w.cmdScale(ts, false, []string{"api", "1"})
 		begun := time.Now()
-		w.cmdSidecar(ts, true, []string{"big", "-sidecar-for", "big", "-access-log", "off"})
+		runDir := fmt.Sprintf("/dev/shm/hcs-%d-%d", os.Getpid(), n) // in memory, as /run is
+		w.cmdSidecar(ts, true, []string{"big", "-sidecar-for", "big", "-access-log", "off", "-run-dir", runDir})
 		pid := w.cars["big"].Process.Pid
 		admin := ts.Getenv("BIG_ADMIN")
 		waitFor := func(what string, limit time.Duration, ok func() bool) {
@@ -111,6 +113,7 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 		laws[7].of = append(laws[7].of, ms(d))
 		w.cmdSignal(ts, false, []string{"big", "TERM"})
 		w.cmdExited(ts, false, []string{"big", "0"})
+		ts.Check(os.RemoveAll(runDir))
 	}
 	var table strings.Builder
 	fmt.Fprintf(&table, "| upstreams, ten endpoints each | %s | grows with the size to the power of |\n|---|%s---|\n", strings.Join(args, " | "), strings.Repeat("---|", len(args)))
