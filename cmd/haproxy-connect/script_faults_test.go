@@ -134,7 +134,7 @@ func (w *world) cmdSaid(ts *testscript.TestScript, _ bool, args []string) {
 	re, err := regexp.Compile(args[2])
 	ts.Check(err)
 	got := 0
-	if err := eventually(8*patience, func() error {
+	if err := eventually(4*patience, func() error {
 		if got = len(re.FindAllString(w.logs[args[0]].String(), -1)); got < want {
 			return errors.New("not yet")
 		}

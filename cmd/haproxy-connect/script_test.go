@@ -118,7 +118,10 @@ func consulPath() string {
 	return filepath.Join(cacheDir(), "bin", "consul-1.21.0")
 }
 
-const patience = 20 * time.Second // for a condition to come true on a busy machine
+// patience is for a condition to come true on a busy machine. An agent whose first full
+// sync meets a registration tells its servers nothing, of a check that passes for one, for
+// up to 30 s (agent/ae: retryFullSyncState).
+const patience = 40 * time.Second
 
 // world is what one script runs in: a Consul, applications, sidecars.
 type world struct {
@@ -871,7 +874,7 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 // leaf-root ADDR...: each listener sooner or later presents a leaf of the newest root.
 func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	for _, addr := range args {
-		err := eventually(4*patience, func() error {
+		err := eventually(2*patience, func() error {
 			b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
 			if err != nil {
 				return err

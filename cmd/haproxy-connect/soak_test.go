@@ -321,7 +321,7 @@ func (s *soak) rest() map[string]holdings {
 	for _, name := range []string{"api", "db", "www"} {
 		// An old worker ends when its own pools have let go: a purge comes every 30 s, and
 		// takes half of what the purge before has found in excess.
-		err := eventually(9*patience, func() error {
+		err := eventually(5*patience, func() error {
 			text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
 			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_old_workers 0$`).MatchString(text) {
 				err = errors.New("old workers")
