@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -29,8 +30,15 @@ func NewAuthority(trustDomain string) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
+	// As Consul names keys (agent/connect, KeyId). Its cross-signed root names the key so,
+	// and OpenSSL finds no issuer whose name is another.
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	name := sha256.Sum256(public)
 	tmpl := &x509.Certificate{
-		SerialNumber: serial(), Subject: pkix.Name{CommonName: "throw-away " + trustDomain},
+		SerialNumber: serial(), SubjectKeyId: name[:], Subject: pkix.Name{CommonName: "throw-away " + trustDomain},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(365 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,

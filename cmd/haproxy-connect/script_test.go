@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -140,6 +141,7 @@ type world struct {
 	counts map[string]*atomic.Int64
 	idle   map[string]net.Conn
 	ca     *certs.Authority
+	before *certs.Authority // whose root ca replaced
 
 	serf     int    // the server's port
 	policy   string // its default policy
@@ -860,6 +862,7 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 	b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
 	ts.Check(err)
 	ts.Check(json.Unmarshal(b, &roots))
+	w.before = w.ca
 	w.ca, err = certs.NewAuthority(roots.TrustDomain)
 	ts.Check(err)
 	body, err := json.Marshal(map[string]any{"Provider": "consul", "Config": map[string]any{
@@ -871,7 +874,8 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 	ts.Check(err)
 }
 
-// leaf-root ADDR...: each listener sooner or later presents a leaf of the newest root.
+// leaf-root ADDR...: each listener sooner or later presents a leaf of the newest root,
+// with the cross-signed one by which those verify it who know only the root before.
 func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	for _, addr := range args {
 		err := eventually(2*patience, func() error {
@@ -897,7 +901,22 @@ func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 			conf := &tls.Config{InsecureSkipVerify: true}
 			conf.VerifyConnection = func(cs tls.ConnectionState) error {
 				_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
-				return err
+				if err != nil || w.before == nil {
+					return err
+				}
+				block, _ := pem.Decode([]byte(w.before.CertPEM))
+				before, err := x509.ParseCertificate(block.Bytes)
+				if err != nil {
+					return err
+				}
+				if len(cs.PeerCertificates) != 2 {
+					return fmt.Errorf("the chain has %d certificates", len(cs.PeerCertificates))
+				}
+				cross := cs.PeerCertificates[1]
+				if !bytes.Equal(cross.AuthorityKeyId, before.SubjectKeyId) { // OpenSSL minds, Go does not
+					return errors.New("the cross-signed certificate names another key than that of the root before")
+				}
+				return errors.Join(cross.CheckSignatureFrom(before), cs.PeerCertificates[0].CheckSignatureFrom(cross))
 			}
 			c, err := tls.Dial("tcp", addr, conf)
 			if err == nil {
