@@ -204,6 +204,12 @@ ports { http = %d, serf_lan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
 	}
 }
 
+// forget ID: the servers deregister a service that the client agent still has.
+func (w *world) cmdForget(ts *testscript.TestScript, _ bool, args []string) {
+	_, err := w.call(http.MethodPut, "/v1/catalog/deregister", fmt.Appendf(nil, `{"Node":"node2","ServiceID":%q}`, args[0]))
+	ts.Check(err)
+}
+
 // token NAME SERVICE: an ACL token of this service; $NAME is its secret. token-revoke
 // and token-restore NAME take it away and give the same one back.
 func (w *world) cmdToken(ts *testscript.TestScript, _ bool, args []string) {

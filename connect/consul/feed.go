@@ -66,25 +66,39 @@ type Feed struct {
 	Since   time.Time
 	Errors  uint64
 	Answers uint64
-	back    time.Time // when it last answered after trouble
+	away    bool // the error is of an agent or servers that are not there
 }
 
 // feeds keeps the conditions; watches write, anybody reads.
 type feeds struct {
-	mu  sync.Mutex
-	all map[string]*Feed
-	log *slog.Logger
+	mu   sync.Mutex
+	all  map[string]*Feed
+	log  *slog.Logger
+	away int       // how many are
+	back time.Time // when the last one ceased to be
 }
 
-// recovered is when a watch last answered after trouble, or now while it is in it.
-func (f *feeds) recovered(name string) time.Time {
+// settled is since when the agent and its servers have answered every watch: now, while
+// they do not; the zero time, if they always have. It is of all watches because
+// one may see nothing of a restart: the agent's streams hide it.
+func (f *feeds) settled() time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	one := f.get(name)
-	if one.Err != "" {
+	if f.away > 0 {
 		return time.Now()
 	}
-	return one.back
+	return f.back
+}
+
+func (f *feeds) setAway(one *Feed, away bool) {
+	switch {
+	case away && !one.away:
+		f.away++
+	case !away && one.away:
+		f.away--
+		f.back = time.Now()
+	}
+	one.away = away
 }
 
 func (f *feeds) get(name string) *Feed {
@@ -105,11 +119,11 @@ func (f *feeds) ok(name string) {
 	defer f.mu.Unlock()
 	one := f.get(name)
 	one.Answers++
+	f.setAway(one, false)
 	if one.Err != "" {
 		one.Err = ""
 		f.log.Info("Consul answers again", "watch", name, "after", time.Since(one.Since).Round(time.Millisecond))
 		one.Since = time.Now()
-		one.back = one.Since
 	}
 }
 
@@ -119,6 +133,7 @@ func (f *feeds) failed(name string, err error) {
 	defer f.mu.Unlock()
 	one := f.get(name)
 	one.Errors++
+	f.setAway(one, !refused(err))
 	text := err.Error()
 	if one.Err == "" {
 		one.Since = time.Now()
@@ -132,7 +147,10 @@ func (f *feeds) failed(name string, err error) {
 func (f *feeds) drop(name string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.all, name)
+	if one := f.all[name]; one != nil {
+		f.setAway(one, false)
+		delete(f.all, name)
+	}
 }
 
 func (f *feeds) list() []Feed {
@@ -143,6 +161,12 @@ func (f *feeds) list() []Feed {
 		out = append(out, *one)
 	}
 	return out
+}
+
+// refused reports an answer of an agent that is well: 4xx.
+func refused(err error) bool {
+	var s api.StatusError
+	return errors.As(err, &s) && s.Code/100 == 4
 }
 
 // hint names the next thing to try.

@@ -81,8 +81,9 @@ type state struct {
 type resolved struct {
 	ctx      context.Context // of its watches
 	cancel   context.CancelFunc
-	held     int  // turns of endpoints that were held back
-	chain    bool // heard
+	held     int       // counts what was held back, and what ended that
+	until    time.Time // what would empty it is held back; zero: nothing is
+	chain    bool      // heard
 	protocol connect.Protocol
 	connect  time.Duration
 	target   connect.Target
@@ -497,7 +498,7 @@ func (w *Watcher) followService(ctx context.Context, name string, d declared) {
 			go func() {
 				defer wg.Done()
 				defer w.feeds.drop("endpoints of " + name)
-				w.follow(hctx, "endpoints of "+name, w.fetchEndpoints(d, h, "endpoints of "+name))
+				w.follow(hctx, "endpoints of "+name, w.fetchEndpoints(d, h))
 			}()
 		}
 	}
@@ -561,7 +562,7 @@ func walk(chain *api.CompiledDiscoveryChain, d declared) (hop, time.Duration, co
 	return h, timeout, n
 }
 
-func (w *Watcher) fetchEndpoints(d declared, h hop, feed string) fetch {
+func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 	return func(ctx context.Context, c *cursor) (func(*state), error) {
 		q := c.cached(ctx)
 		q.Filter = h.filter
@@ -579,13 +580,7 @@ func (w *Watcher) fetchEndpoints(d declared, h hop, feed string) fetch {
 			ids := []certs.SPIFFEID{{Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
 			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
 				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
-			if r := st.answers[d.key]; r != nil && len(list) > 0 && len(t.Endpoints) == 0 && len(r.target.Endpoints) > 0 && r.target.Service == t.Service {
-				if wait := restartGrace - time.Since(w.feeds.recovered(feed)); wait > 0 {
-					w.hold(st, d, r, t, wait)
-					return
-				}
-			}
-			st.setTarget(d, t)
+			w.setTarget(st, d, t)
 		}, nil
 	}
 }
@@ -623,21 +618,40 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 			}
 			slices.SortFunc(t.IDs, func(a, b certs.SPIFFEID) int { return strings.Compare(a.String(), b.String()) })
 			t.Endpoints = endpoints(list, got.Datacenter != st.proxy.Datacenter, false)
-			st.setTarget(d, t)
+			w.setTarget(st, d, t)
 		}, nil
 	}
 }
 
-// restartGrace is how long after trouble with the agent an upstream keeps its
-// endpoints although all of them have become critical at once while still
-// registered: a restarted agent calls every check critical until it has run.
+// restartGrace is how long after trouble with Consul an upstream keeps its endpoints
+// although all of them have gone at once. A restarted agent calls every check critical
+// until it has run; a server that is elected before gossip has reached it deregisters
+// the nodes it has not heard of (agent/consul, reconcileReaped), until their agents
+// notice.
 const restartGrace = 15 * time.Second
 
-// hold keeps the endpoints of r, and looks at t again when the grace is over.
-func (w *Watcher) hold(st *state, d declared, r *resolved, t connect.Target, wait time.Duration) {
+// setTarget holds back what would empty an upstream within restartGrace, once: what
+// comes meanwhile does not prolong it.
+func (w *Watcher) setTarget(st *state, d declared, t connect.Target) {
+	r := st.answers[d.key]
+	if r == nil || len(t.Endpoints) > 0 || len(r.target.Endpoints) == 0 || r.target.Service != t.Service {
+		st.setTarget(d, t)
+		return
+	}
+	first := r.until.IsZero()
+	if first {
+		r.until = w.feeds.settled().Add(restartGrace)
+	}
+	wait := time.Until(r.until)
+	if wait <= 0 {
+		st.setTarget(d, t)
+		return
+	}
+	if first {
+		w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second))
+	}
 	r.held++
 	turn := r.held
-	w.log.Warn("all endpoints became critical just after the agent came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second))
 	ctx := r.ctx
 	w.wg.Add(1)
 	go func() {
@@ -658,6 +672,7 @@ func (st *state) setTarget(d declared, t connect.Target) {
 		return
 	}
 	r.held++ // whatever was held is of yesterday
+	r.until = time.Time{}
 	if !reflect.DeepEqual(r.target, t) {
 		r.target, st.dirty = t, true
 		r.turn++

@@ -9,8 +9,10 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/consul/api"
 	"github.com/stretchr/testify/require"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
@@ -230,6 +232,78 @@ func TestRestartedAgentDoesNotEmptyABackend(t *testing.T) {
 	require.True(t, count(2)(s))
 	m.endpoints("passing", 2)
 	m.until("what is passing counts at once", count(1))
+}
+
+func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
+	one, other := connect.Endpoint{Name: "one"}, connect.Endpoint{Name: "other"}
+	run := func(name string, f func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint))) {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
+				d := declared{up: connect.Upstream{Name: "db"}, key: "db"}
+				st := &state{answers: map[string]*resolved{"db": {ctx: t.Context()}}}
+				hear := func(list ...connect.Endpoint) { w.setTarget(st, d, connect.Target{Service: "db", Endpoints: list}) }
+				hear(one)
+				f(w, hear, func(d time.Duration, want ...connect.Endpoint) {
+					time.Sleep(d)
+					synctest.Wait()
+					for len(w.updates) > 0 {
+						(<-w.updates)(st)
+					}
+					require.Equal(t, want, st.answers["db"].target.Endpoints)
+				})
+				time.Sleep(time.Minute) // the last of the waits
+			})
+		})
+	}
+	away, denied := errors.New("connection refused"), api.StatusError{Code: 403}
+	run("not without trouble", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		hear()
+		after(0)
+	})
+	run("not when Consul only says no", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		w.feeds.failed("intentions", away)
+		w.feeds.ok("intentions")
+		time.Sleep(restartGrace)
+		w.feeds.failed("intentions", denied)
+		hear()
+		after(0)
+	})
+	run("from when the last watch was answered again", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		w.feeds.failed("intentions", away)
+		w.feeds.failed("roots", away)
+		time.Sleep(time.Hour)
+		w.feeds.ok("roots")
+		time.Sleep(time.Hour)
+		w.feeds.failed("intentions", denied)
+		time.Sleep(5 * time.Second)
+		hear()
+		after(restartGrace-6*time.Second, one)
+		after(time.Second)
+	})
+	run("a watch that ends in trouble is not waited for", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		w.feeds.failed("chain of api", away)
+		w.feeds.drop("chain of api")
+		time.Sleep(restartGrace)
+		hear()
+		after(0)
+	})
+	run("what is heard meanwhile does not prolong it", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		w.feeds.failed("intentions", away)
+		hear()
+		after(10*time.Second, one)
+		hear()
+		after(restartGrace-11*time.Second, one)
+		after(time.Second)
+	})
+	run("an endpoint ends it", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+		w.feeds.failed("intentions", away)
+		hear()
+		after(time.Second, one)
+		hear(other)
+		after(0, other)
+		after(restartGrace, other)
+	})
 }
 
 func TestLookup(t *testing.T) {
