@@ -771,6 +771,9 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 		b.add("http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }")
 		slots = class(u)
 	} else {
+		if o.logs() { // also of a client that waits for the server to speak first
+			f.add("no option dontlognull")
+		}
 		b.add("balance leastconn")
 		if o.Originator == Lua {
 			guard(b, idList(u.Target.IDs))
