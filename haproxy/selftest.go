@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,14 +40,7 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 		return err
 	}
 	defer mesh.close()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	public := free.Addr().(*net.TCPAddr).Port
-	free.Close()
-
-	snap := mesh.snapshot(dir, public)
+	snap := mesh.snapshot(dir)
 	o.Dir, o.AccessLog = dir, render.LogOff
 	r, err := render.New(o)
 	if err != nil {
@@ -67,8 +59,14 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 	if err := m.write(conf, nil); err != nil {
 		return err
 	}
+	// A free port would be somebody's connection by the time HAProxy binds it.
+	public := filepath.Join(dir, "public")
+	before, after, found := strings.Cut(conf.Text(), "bind "+nowhere+" ")
+	if !found {
+		return errors.New("self-test: no public listener in its configuration")
+	}
 	file := filepath.Join(dir, render.MainFile)
-	if err := os.WriteFile(file, []byte(conf.Text()), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(before+"bind unix@"+public+" mode 600 "+after), 0o600); err != nil {
 		return err
 	}
 	stop, err := run(ctx, file)
@@ -106,6 +104,9 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 
 // A POST, which is not repeated: a refusal comes back at once.
 const request = "POST / HTTP/1.1\r\nHost: selftest\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+// nowhere is the public listener before it becomes a socket.
+const nowhere = "127.0.0.1:1"
 
 // throwAway is a mesh of two services, one of which answers in the other's place.
 type throwAway struct {
@@ -208,10 +209,10 @@ func (t *throwAway) close() {
 	}
 }
 
-func (t *throwAway) snapshot(dir string, public int) *connect.Snapshot {
+func (t *throwAway) snapshot(dir string) *connect.Snapshot {
 	s := &connect.Snapshot{
 		Proxy: connect.Proxy{ID: "selftest", Service: "selftest", Datacenter: "dc1", TrustDomain: t.ca.TrustDomain},
-		Inbound: connect.Inbound{Address: "127.0.0.1", Port: public, Protocol: connect.HTTP,
+		Inbound: connect.Inbound{Address: "127.0.0.1", Port: 1, Protocol: connect.HTTP,
 			Local:               connect.Local{Address: "127.0.0.1", Port: t.addr["http-honest"]},
 			LocalConnectTimeout: time.Second, LocalRequestTimeout: time.Second, LocalIdleTimeout: 5 * time.Second},
 		Leaf: t.leaf, Roots: t.roots, Policy: &intentions.Policy{},
@@ -286,23 +287,22 @@ func (t *throwAway) impostor(ctx context.Context, f *fake, path, send, most stri
 }
 
 // refused wants no answer of the application from the public listener.
-func (t *throwAway) refused(ctx context.Context, port int, withCert bool) error {
+func (t *throwAway) refused(ctx context.Context, path string, withCert bool) error {
 	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the server is not what is tested
 	if withCert {
 		conf.Certificates = []tls.Certificate{t.leaf.TLS()}
 	}
-	d := tls.Dialer{Config: conf}
-	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	raw, err := dialUnix(ctx, path)
 	if err != nil {
+		return err
+	}
+	defer raw.Close()
+	c := tls.Client(raw, conf)
+	if err := c.HandshakeContext(ctx); err != nil {
 		if withCert {
 			return fmt.Errorf("the handshake fails with a good certificate: %w", err)
 		}
 		return nil // refused in the handshake
-	}
-	defer c.Close()
-	deadline, _ := ctx.Deadline()
-	if err := c.SetDeadline(deadline); err != nil {
-		return err
 	}
 	if _, err := io.WriteString(c, request); err != nil {
 		return nil
