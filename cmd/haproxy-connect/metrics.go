@@ -33,7 +33,7 @@ type metrics struct {
 	mu      sync.Mutex
 	callers map[string]*seen
 
-	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, watchErrors, ready, refused, revoked, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, held, watchErrors, ready, refused, revoked, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
 }
 
 func newMetrics(s *sidecar) *metrics {
@@ -55,6 +55,7 @@ func newMetrics(s *sidecar) *metrics {
 		drifts:      d("drifts_total", "Times HAProxy was found in another state than it was left in."),
 		restarts:    d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
 		endpoints:   d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
+		held:        d("endpoints_held_total", "Times an upstream kept endpoints that all went just after Consul came back."),
 		watchErrors: d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
 		revoked:     d("revoked_sessions_total", "Open sessions ended because their caller was denied meanwhile."),
 		oldWorkers:  d("old_workers", "Replaced workers of HAProxy that still have sessions."),
@@ -145,7 +146,7 @@ func (m *metrics) list() (out []statusCaller) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining, m.jwksKeys, m.jwksErrors} {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.held, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining, m.jwksKeys, m.jwksErrors} {
 		ch <- d
 	}
 }
@@ -188,6 +189,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, f := range s.watcher.Feeds() {
 		counter(m.watchErrors, f.Errors, f.Name)
 	}
+	counter(m.held, s.watcher.Held())
 	for _, p := range s.tokens.Status() {
 		gauge(m.jwksKeys, float64(p.Keys), label(p.Provider))
 		counter(m.jwksErrors, p.Errors, label(p.Provider))

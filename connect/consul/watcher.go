@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -27,6 +28,7 @@ type Watcher struct {
 	log     *slog.Logger
 	feeds   feeds
 	updates chan func(*state)
+	held    atomic.Uint64
 	wg      sync.WaitGroup
 }
 
@@ -41,6 +43,10 @@ func (w *Watcher) Feeds() []Feed {
 	slices.SortFunc(out, func(a, b Feed) int { return strings.Compare(a.Name, b.Name) })
 	return out
 }
+
+// Held counts the times that an upstream kept endpoints which had all gone just after
+// Consul came back.
+func (w *Watcher) Held() uint64 { return w.held.Load() }
 
 func (w *Watcher) send(ctx context.Context, f func(*state)) bool {
 	select {
@@ -580,7 +586,7 @@ func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
 			ids := []certs.SPIFFEID{{Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
 			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
 				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
-			w.setTarget(st, d, t)
+			w.retarget(st, d, t)
 		}, nil
 	}
 }
@@ -618,7 +624,7 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 			}
 			slices.SortFunc(t.IDs, func(a, b certs.SPIFFEID) int { return strings.Compare(a.String(), b.String()) })
 			t.Endpoints = endpoints(list, got.Datacenter != st.proxy.Datacenter, false)
-			w.setTarget(st, d, t)
+			w.retarget(st, d, t)
 		}, nil
 	}
 }
@@ -630,9 +636,9 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 // notice.
 const restartGrace = 15 * time.Second
 
-// setTarget holds back what would empty an upstream within restartGrace, once: what
+// retarget sets the target of a destination, but holds back what would empty an upstream within restartGrace, once: what
 // comes meanwhile does not prolong it.
-func (w *Watcher) setTarget(st *state, d declared, t connect.Target) {
+func (w *Watcher) retarget(st *state, d declared, t connect.Target) {
 	r := st.answers[d.key]
 	if r == nil || len(t.Endpoints) > 0 || len(r.target.Endpoints) == 0 || r.target.Service != t.Service {
 		st.setTarget(d, t)
@@ -648,7 +654,9 @@ func (w *Watcher) setTarget(st *state, d declared, t connect.Target) {
 		return
 	}
 	if first {
-		w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second))
+		w.held.Add(1)
+		w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second),
+			"try", "nothing, if they return; else: are the instances registered, and do their checks pass?")
 	}
 	r.held++
 	turn := r.held

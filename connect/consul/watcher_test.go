@@ -242,7 +242,7 @@ func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
 				w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
 				d := declared{up: connect.Upstream{Name: "db"}, key: "db"}
 				st := &state{answers: map[string]*resolved{"db": {ctx: t.Context()}}}
-				hear := func(list ...connect.Endpoint) { w.setTarget(st, d, connect.Target{Service: "db", Endpoints: list}) }
+				hear := func(list ...connect.Endpoint) { w.retarget(st, d, connect.Target{Service: "db", Endpoints: list}) }
 				hear(one)
 				f(w, hear, func(d time.Duration, want ...connect.Endpoint) {
 					time.Sleep(d)
@@ -295,6 +295,7 @@ func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
 		hear()
 		after(restartGrace-11*time.Second, one)
 		after(time.Second)
+		require.EqualValues(t, 1, w.Held())
 	})
 	run("an endpoint ends it", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
 		w.feeds.failed("intentions", away)
