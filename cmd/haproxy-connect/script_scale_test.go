@@ -70,6 +70,7 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 		w.cmdScale(ts, false, []string{"api", "1"})
 		begun := time.Now()
 		runDir := fmt.Sprintf("/dev/shm/hcs-%d-%d", os.Getpid(), n) // in memory, as /run is
+		w.env.Defer(func() { _ = os.RemoveAll(runDir) })
 		w.cmdSidecar(ts, true, []string{"big", "-sidecar-for", "big", "-access-log", "off", "-run-dir", runDir})
 		pid := w.cars["big"].Process.Pid
 		admin := ts.Getenv("BIG_ADMIN")
@@ -113,7 +114,6 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 		laws[7].of = append(laws[7].of, ms(d))
 		w.cmdSignal(ts, false, []string{"big", "TERM"})
 		w.cmdExited(ts, false, []string{"big", "0"})
-		ts.Check(os.RemoveAll(runDir))
 	}
 	var table strings.Builder
 	fmt.Fprintf(&table, "| upstreams, ten endpoints each | %s | grows with the size to the power of |\n|---|%s---|\n", strings.Join(args, " | "), strings.Repeat("---|", len(args)))

@@ -87,9 +87,9 @@ type state struct {
 type resolved struct {
 	ctx      context.Context // of its watches
 	cancel   context.CancelFunc
-	held     int       // counts what was held back, and what ended that
-	until    time.Time // what would empty it is held back; zero: nothing is
-	chain    bool      // heard
+	until    time.Time // late is held back; zero: nothing is
+	late     connect.Target
+	chain    bool // heard
 	protocol connect.Protocol
 	connect  time.Duration
 	target   connect.Target
@@ -636,38 +636,36 @@ func (w *Watcher) fetchQuery(d declared) fetch {
 // notice.
 const restartGrace = 15 * time.Second
 
-// retarget sets the target of a destination, but holds back what would empty an upstream within restartGrace, once: what
-// comes meanwhile does not prolong it.
+// retarget sets the target of a destination, but holds back what would empty it within
+// restartGrace. What comes meanwhile does not prolong that.
 func (w *Watcher) retarget(st *state, d declared, t connect.Target) {
 	r := st.answers[d.key]
 	if r == nil || len(t.Endpoints) > 0 || len(r.target.Endpoints) == 0 || r.target.Service != t.Service {
 		st.setTarget(d, t)
 		return
 	}
-	first := r.until.IsZero()
-	if first {
-		r.until = w.feeds.settled().Add(restartGrace)
+	if !r.until.IsZero() {
+		r.late = t
+		return
 	}
-	wait := time.Until(r.until)
+	until := w.feeds.settled().Add(restartGrace)
+	wait := time.Until(until)
 	if wait <= 0 {
 		st.setTarget(d, t)
 		return
 	}
-	if first {
-		w.held.Add(1)
-		w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second),
-			"try", "nothing, if they return; else: are the instances registered, and do their checks pass?")
-	}
-	r.held++
-	turn := r.held
+	r.until, r.late = until, t
+	w.held.Add(1)
+	w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second),
+		"try", "nothing, if they return; else: are the instances registered, and do their checks pass?")
 	ctx := r.ctx
 	w.wg.Add(1)
 	go func() {
 		defer w.wg.Done()
 		if pause(ctx, wait) {
 			w.send(ctx, func(st *state) {
-				if now := st.answers[d.key]; now == r && r.held == turn {
-					st.setTarget(d, t)
+				if st.answers[d.key] == r && r.until.Equal(until) {
+					st.setTarget(d, r.late)
 				}
 			})
 		}
@@ -679,8 +677,7 @@ func (st *state) setTarget(d declared, t connect.Target) {
 	if r == nil {
 		return
 	}
-	r.held++ // whatever was held is of yesterday
-	r.until = time.Time{}
+	r.until, r.late = time.Time{}, connect.Target{}
 	if !reflect.DeepEqual(r.target, t) {
 		r.target, st.dirty = t, true
 		r.turn++

@@ -307,6 +307,50 @@ func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
 	})
 }
 
+func TestOnlyTheTargetsOwnEndpointsAreHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
+		d := declared{key: "db"}
+		r := &resolved{ctx: t.Context()}
+		st := &state{answers: map[string]*resolved{"db": r}}
+		target := func(service, dc string, list ...connect.Endpoint) connect.Target {
+			return connect.Target{Service: service, Datacenter: dc, Endpoints: list}
+		}
+		w.feeds.failed("intentions", errors.New("connection refused"))
+		w.retarget(st, d, target("db", "dc1", connect.Endpoint{Name: "one"}))
+		w.retarget(st, d, target("db", "dc1"))
+		w.retarget(st, d, target("db", "dc2"))
+		require.Equal(t, target("db", "dc1", connect.Endpoint{Name: "one"}), r.target)
+		(<-w.updates)(st)
+		require.Equal(t, target("db", "dc2"), r.target, "the last that was heard")
+		w.retarget(st, d, target("db", "dc1", connect.Endpoint{Name: "one"}))
+		w.retarget(st, d, target("db2", "dc1"))
+		require.Equal(t, target("db2", "dc1"), r.target, "a redirect counts at once")
+	})
+}
+
+func TestRestartDoesNotEmptyAQueryEither(t *testing.T) {
+	m := newMesh(t)
+	client, err := NewClient(Config{Addr: m.agent.Addr()})
+	require.NoError(t, err)
+	w := NewWatcher(client, "", slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer w.wg.Wait()
+	defer cancel()
+	st := &state{answers: map[string]*resolved{"q": {ctx: ctx}}}
+	ask := func() int {
+		apply, err := w.fetchQuery(declared{query: true, service: "q", key: "q"})(ctx, &cursor{})
+		require.NoError(t, err)
+		apply(st)
+		return len(st.answers["q"].target.Endpoints)
+	}
+	m.agent.Set("/v1/query/q/execute", `{"Datacenter":"dc1","Nodes":[{"Node":{"Node":"n","Address":"10.0.0.1"},"Service":{"ID":"db1","Service":"db","Port":20001}}]}`)
+	require.Equal(t, 1, ask())
+	m.agent.Set("/v1/query/q/execute", `{"Datacenter":"dc1","Nodes":[]}`)
+	w.feeds.failed("intentions", errors.New("connection refused"))
+	require.Equal(t, 1, ask())
+}
+
 func TestLookup(t *testing.T) {
 	agent := connecttest.New()
 	defer agent.Close()
