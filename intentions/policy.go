@@ -15,6 +15,7 @@ package intentions
 
 import (
 	"fmt"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -78,6 +79,8 @@ type HeaderMatch struct {
 type Config struct {
 	Destination  string            // our service's name
 	TrustDomain  string            // our own; callers of any other are denied
+	ServerName   string            // SNI that names our service; "" judges no server name
+	Community    bool              // the agent is Consul's community edition: it has one namespace and one partition
 	Peers        map[string]string // peer name -> its trust domain
 	HTTP         bool              // false: an intention with permissions or tokens denies
 	Providers    []*Provider       // that exist
@@ -95,6 +98,7 @@ type Policy struct {
 	fallback Decision          // the default
 
 	providers []*Provider // that the rules name
+	written   []Intention // beside rules, as they came
 }
 
 type sourceKey struct{ trustDomain, partition, namespace, name string }
@@ -167,7 +171,7 @@ func NewPolicy(c Config) *Policy {
 			r.decision = Decision{PerRequest: true, Rule: name, Reason: "intention " + name + " decides per request"}
 		}
 		at := len(p.rules)
-		p.rules = append(p.rules, r)
+		p.rules, p.written = append(p.rules, r), append(p.written, in)
 		s := in.Source
 		if s.Name == Wildcard || s.Namespace == Wildcard {
 			p.wild = append(p.wild, at)
@@ -195,12 +199,19 @@ func (p *Policy) Destination() string { return p.conf.Destination }
 var (
 	noPolicy  = Decision{Rule: "none", Reason: "no policy is known yet"}
 	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
+	foreignNS = Decision{Rule: "identity", Reason: "the caller's identity is of a namespace or partition, which the community edition of Consul does not have"}
+	foreignSN = Decision{Rule: "server-name", Reason: "the caller asked by SNI for another service of the mesh"}
 )
 
 // match finds the rule for a caller, without looking at a request.
 func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	if p == nil || !p.valid {
 		return -1, noPolicy
+	}
+	// The community edition signs such identities for whoever may write the service, but
+	// no intention can name them: the default policy would answer for a denied caller.
+	if p.conf.Community && from.TrustDomain == p.conf.TrustDomain && (from.Namespace != "default" || from.Partition != "default") {
+		return -1, foreignNS
 	}
 	at := -1
 	if i, ok := p.exact[sourceKey{from.TrustDomain, from.Partition, from.Namespace, from.Service}]; ok {
@@ -225,6 +236,48 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 		return -1, foreignTD
 	}
 	return -1, p.fallback
+}
+
+// Accepts judges the server name that a caller sent (SNI). Only the mesh's name of
+// another service is refused: a caller that was led to the wrong place must not be
+// served by us. Names outside the mesh, as Connect-native applications send them, say
+// nothing.
+func (p *Policy) Accepts(serverName string) (Decision, bool) {
+	if p == nil || !p.valid || serverName == "" || p.conf.ServerName == "" {
+		return Decision{}, true
+	}
+	name, own := strings.ToLower(strings.TrimSuffix(serverName, ".")), strings.ToLower(p.conf.ServerName)
+	if name == own || strings.HasSuffix(name, "."+own) { // the second is a subset of ours
+		return Decision{}, true
+	}
+	rest, ofMesh := strings.CutSuffix(name, "."+strings.ToLower(p.conf.TrustDomain))
+	if !ofMesh {
+		return Decision{}, true
+	}
+	for _, kind := range []string{".internal", ".internal-v1", ".external"} {
+		if strings.HasSuffix(rest, kind) {
+			return foreignSN, false
+		}
+	}
+	return Decision{}, true
+}
+
+// Same reports whether another policy treats a caller by the same rule as this one, so
+// that what this one let in may go on.
+func (p *Policy) Same(o *Policy, from certs.SPIFFEID) bool {
+	if p == o {
+		return true
+	}
+	at, d := p.match(from)
+	other, od := o.match(from)
+	if d != od || (at < 0) != (other < 0) {
+		return false
+	}
+	if at < 0 {
+		return true
+	}
+	// The compiled parts follow from the rest: what was written is compared.
+	return p.fallback == o.fallback && reflect.DeepEqual(p.written[at], o.written[other]) && reflect.DeepEqual(p.providers, o.providers)
 }
 
 func (p *Policy) peerDomain(td string) bool {
@@ -349,5 +402,12 @@ func (m *Permission) compile(label string) error {
 	return nil
 }
 
-// fullMatch: Envoy matches a whole string against RE2.
-func fullMatch(re string) (*regexp.Regexp, error) { return regexp.Compile(`\A(?:` + re + `)\z`) }
+// fullMatch compiles a regular expression that must match the whole string, as Envoy's
+// do. The expression is compiled alone first: otherwise an unbalanced ")" in it would
+// end the group and free what follows from the anchors.
+func fullMatch(re string) (*regexp.Regexp, error) {
+	if _, err := regexp.Compile(re); err != nil {
+		return nil, err
+	}
+	return regexp.Compile(`\A(?:` + re + `)\z`)
+}

@@ -68,6 +68,56 @@ func TestForeignTrustDomainIsDenied(t *testing.T) {
 	require.True(t, p.Decide(id("web"), nil).Allow)
 }
 
+func TestForeignNamespaceIsDenied(t *testing.T) {
+	for name, change := range map[string]func(*certs.SPIFFEID){
+		"namespace": func(id *certs.SPIFFEID) { id.Namespace = "other" },
+		"partition": func(id *certs.SPIFFEID) { id.Partition = "other" },
+	} {
+		caller := id("web")
+		change(&caller)
+		p := NewPolicy(Config{Destination: "api", TrustDomain: td, DefaultAllow: true, Community: true,
+			Intentions: []Intention{{Source: src("*"), Precedence: 8}}})
+		d := p.Decide(caller, nil)
+		require.False(t, d.Allow, name)
+		require.Equal(t, "identity", d.Rule, name)
+		// The enterprise edition has them, and the default policy answers.
+		p = NewPolicy(Config{Destination: "api", TrustDomain: td, DefaultAllow: true})
+		require.True(t, p.Decide(caller, nil).Allow, name)
+	}
+}
+
+func TestAcceptsServerNames(t *testing.T) {
+	p := NewPolicy(Config{Destination: "s2", TrustDomain: td, ServerName: id("s2").SNI("")})
+	for name, want := range map[string]bool{
+		"": true, "s2": true, "s2.service.consul": true, "s2.connect.consul": true, "anything.example.com": true,
+		"s2.default.dc1.internal." + td: true, "S2.Default.DC1.INTERNAL." + td: true, "v1.s2.default.dc1.internal." + td: true,
+		"s2.default.dc1.internal." + td + ".": true,
+		"s1.default.dc1.internal." + td:       false, "s2.default.dc2.internal." + td: false, "xs2.default.dc1.internal." + td: false,
+		"s2.default.dc1.external.x." + td:              true, // not of a form that Consul makes
+		"s2.default.default.dc1.internal-v1." + td:     false,
+		"s2.default.dc1.external." + td:                false,
+		"s1.default.dc1.internal.another-trust-domain": true,
+	} {
+		_, got := p.Accepts(name)
+		require.Equal(t, want, got, name)
+	}
+}
+
+func TestSame(t *testing.T) {
+	perm := func(path string) []Intention {
+		return []Intention{{Source: src("web"), Precedence: 9, Permissions: []Permission{{Allow: true, PathRegex: path}}}}
+	}
+	policy := func(list []Intention, allow bool) *Policy {
+		return NewPolicy(Config{Destination: "api", TrustDomain: td, HTTP: true, DefaultAllow: allow, Intentions: list})
+	}
+	require.True(t, policy(perm("/a"), false).Same(policy(perm("/a"), false), id("web")))
+	require.False(t, policy(perm("/a"), false).Same(policy(perm("/b"), false), id("web")))
+	require.False(t, policy(perm("/a"), false).Same(policy(perm("/a"), true), id("web")), "the default answers where no permission matches")
+	require.True(t, policy(perm("/a"), false).Same(policy(perm("/b"), false), id("db")))
+	require.False(t, policy(nil, true).Same(policy(nil, false), id("db")))
+	require.False(t, policy(perm("/a"), false).Same(policy(nil, false), id("web")))
+}
+
 func TestPermissions(t *testing.T) {
 	h := func(m HeaderMatch) []Permission { return []Permission{{Allow: true, Headers: []HeaderMatch{m}}} }
 	req := func(path string, kv ...string) *Request {
@@ -95,7 +145,8 @@ func TestPermissions(t *testing.T) {
 		{"first match decides", []Permission{{PathPrefix: "/admin"}, {Allow: true, PathPrefix: "/"}}, req("/admin/x"), false},
 		{"second match", []Permission{{PathPrefix: "/admin"}, {Allow: true, PathPrefix: "/"}}, req("/x"), true},
 		{"present", h(HeaderMatch{Name: "X-A", Present: true}), req("/", "x-a", "1"), true},
-		{"present but empty is absent", h(HeaderMatch{Name: "X-A", Present: true}), req("/", "x-a", ""), false},
+		{"present and empty", h(HeaderMatch{Name: "X-A", Present: true}), req("/", "x-a", ""), true},
+		{"present and empty, inverted", h(HeaderMatch{Name: "X-A", Present: true, Invert: true}), req("/", "x-a", ""), false},
 		{"present, inverted", h(HeaderMatch{Name: "X-A", Present: true, Invert: true}), req("/"), true},
 		{"exact", h(HeaderMatch{Name: "x-a", Exact: "One"}), req("/", "x-a", "One"), true},
 		{"exact, case", h(HeaderMatch{Name: "x-a", Exact: "One"}), req("/", "x-a", "one"), false},
@@ -105,10 +156,16 @@ func TestPermissions(t *testing.T) {
 		{"contains", h(HeaderMatch{Name: "x-a", Contains: "n"}), req("/", "x-a", "One"), true},
 		{"regex of header is a full match", h(HeaderMatch{Name: "x-a", Regex: "O"}), req("/", "x-a", "One"), false},
 		{"repeated header is joined", h(HeaderMatch{Name: "x-a", Exact: "1,2"}), req("/", "x-a", "1", "x-a", "2"), true},
-		{"inverted exact, header absent", h(HeaderMatch{Name: "x-a", Exact: "1", Invert: true}), req("/"), true},
+		{"inverted exact, header absent", h(HeaderMatch{Name: "x-a", Exact: "1", Invert: true}), req("/"), false},
+		{"inverted exact, another value", h(HeaderMatch{Name: "x-a", Exact: "1", Invert: true}), req("/", "x-a", "2"), true},
+		{"inverted regex, header absent", h(HeaderMatch{Name: "x-a", Regex: "1", Invert: true}), req("/"), false},
+		{"inverted exact, repeated header", h(HeaderMatch{Name: "x-a", Exact: "1,1", Invert: true}), req("/", "x-a", "1", "x-a", "1"), false},
+		{"an inverted condition that says nothing", h(HeaderMatch{Name: "x-a", Invert: true}), req("/", "x-a", "1"), false},
 		{"a condition that says nothing", h(HeaderMatch{Name: "x-a"}), req("/", "x-a", "1"), false},
 		{"all parts must match", []Permission{{Allow: true, PathExact: "/a", Methods: []string{"PUT"}}}, req("/a"), false},
 		{"a regex that does not compile denies", []Permission{{Allow: true, PathRegex: "("}}, req("/"), false},
+		{"a regex that closes the anchors' group denies", []Permission{{Allow: true, PathRegex: "/ok)|(?:.*"}}, req("/secret"), false},
+		{"a header's regex that closes the group denies", h(HeaderMatch{Name: "x-a", Regex: "1)|(?:.*"}), req("/", "x-a", "2"), false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := NewPolicy(Config{Destination: "api", TrustDomain: td, HTTP: true,

@@ -45,36 +45,44 @@ func (m *Permission) mismatch(r *Request) string {
 		return "path"
 	}
 	for i := range m.Headers {
-		if m.Headers[i].matches(r) == m.Headers[i].Invert {
+		if !m.Headers[i].matches(r) {
 			return m.Headers[i].label
 		}
 	}
 	return ""
 }
 
+// matches follows Envoy's HeaderUtility::matchHeaders: an empty header is present, and
+// an absent one meets no condition on a value, inverted or not.
 func (h *HeaderMatch) matches(r *Request) bool {
 	value, found := r.header(h.Name)
-	if h.Present {
-		// Consul's suite counts an empty header as absent (case l7-intentions).
-		return found && value != ""
-	}
-	if !found {
+	switch {
+	case h.Present:
+		return found != h.Invert
+	case !found:
 		return false
 	}
+	met, known := h.meets(value)
+	return known && met != h.Invert
+}
+
+// meets compares a value with the condition; known is false for a condition of a kind
+// that this program does not know, which never matches.
+func (h *HeaderMatch) meets(value string) (met, known bool) {
 	if h.IgnoreCase {
 		value = strings.ToLower(value)
 	}
 	switch {
 	case h.Exact != "":
-		return value == h.Exact
+		return value == h.Exact, true
 	case h.Prefix != "":
-		return strings.HasPrefix(value, h.Prefix)
+		return strings.HasPrefix(value, h.Prefix), true
 	case h.Suffix != "":
-		return strings.HasSuffix(value, h.Suffix)
+		return strings.HasSuffix(value, h.Suffix), true
 	case h.Contains != "":
-		return strings.Contains(value, h.Contains)
+		return strings.Contains(value, h.Contains), true
 	case h.regex != nil:
-		return h.regex.MatchString(value)
+		return h.regex.MatchString(value), true
 	}
-	return false // a condition of a kind we do not know never matches
+	return false, false
 }

@@ -39,6 +39,7 @@ type KeySource struct {
 	CacheFor           time.Duration // between requests
 	MinRetry, MaxRetry time.Duration
 	CAs                string // PEM that the URI's server must chain to, "" the system's
+	CAFile             string // a file with the same; it is read for each request
 }
 
 // Variable names what HAProxy knows a provider's payload by: fit for any

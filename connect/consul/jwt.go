@@ -3,7 +3,6 @@ package consul
 import (
 	"context"
 	"encoding/base64"
-	"fmt"
 	"net/url"
 	"os"
 	"reflect"
@@ -139,13 +138,9 @@ func authorities(r *api.RemoteJWKS, k *intentions.KeySource) (why string) {
 		case ca.EnvironmentVariable != "":
 			k.CAs = os.Getenv(ca.EnvironmentVariable)
 		case ca.Filename != "":
-			b, err := os.ReadFile(ca.Filename)
-			if err != nil {
-				return fmt.Sprintf("trusted_ca: %v", err)
-			}
-			k.CAs = string(b)
+			k.CAFile = ca.Filename
 		}
-		if k.CAs == "" {
+		if k.CAs == "" && k.CAFile == "" {
 			return "trusted_ca is empty"
 		}
 	}

@@ -29,6 +29,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -273,12 +274,19 @@ func parse(raw []byte) (*keys, error) {
 	return out, nil
 }
 
+// readFile reads a regular file of at most maxKeys bytes. A pipe or a device, whose name
+// Consul may give as well, would be waited for without end or read without end.
 func readFile(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", name)
+	}
 	return limited(f)
 }
 
@@ -294,9 +302,16 @@ func fetch(ctx context.Context, s intentions.KeySource) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	if s.CAs != "" {
+	authorities := []byte(s.CAs)
+	if s.CAFile != "" {
+		var err error
+		if authorities, err = readFile(s.CAFile); err != nil {
+			return nil, fmt.Errorf("trusted_ca: %w", err)
+		}
+	}
+	if s.CAFile != "" || s.CAs != "" {
 		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM([]byte(s.CAs)) {
+		if !conf.RootCAs.AppendCertsFromPEM(authorities) {
 			return nil, errors.New("the certificate authorities of jwks_cluster cannot be read")
 		}
 	}
@@ -305,7 +320,7 @@ func fetch(ctx context.Context, s intentions.KeySource) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	res, err := (&http.Client{Transport: tr}).Do(req)
+	res, err := (&http.Client{Transport: tr, CheckRedirect: sameHost}).Do(req)
 	if err != nil {
 		var u *url.Error
 		if errors.As(err, &u) {
@@ -320,7 +335,22 @@ func fetch(ctx context.Context, s intentions.KeySource) ([]byte, error) {
 	return limited(res.Body)
 }
 
-// Token implements intentions.Tokens. Of several tokens the first that is good counts.
+// sameHost follows a redirect only within the host that the provider names, and never
+// from https to http: whoever answers there would decide which tokens are good.
+func sameHost(next *http.Request, before []*http.Request) error {
+	first := before[0].URL
+	if len(before) > 5 || next.URL.Hostname() != first.Hostname() || first.Scheme == "https" && next.URL.Scheme != "https" {
+		return fmt.Errorf("redirected to %s://%s, which is another host than the provider's", next.URL.Scheme, next.URL.Host)
+	}
+	return nil
+}
+
+// maxCandidates bounds how many signatures one request can cost.
+const maxCandidates = 16
+
+// Token implements intentions.Tokens. When a request carries several tokens for a
+// provider, each must be good, as with Envoy: the application might read another one
+// than the one that was verified. The first is returned.
 func (v *Verifier) Token(p *intentions.Provider, r *intentions.Request) (*intentions.Token, string) {
 	set := (*v.sets.Load())[p.Name]
 	if set == nil {
@@ -330,18 +360,34 @@ func (v *Verifier) Token(p *intentions.Provider, r *intentions.Request) (*intent
 	if have == nil {
 		return nil, "the provider's keys are not known yet"
 	}
-	why := "missing"
+	var first *intentions.Token
+	n := 0
 	for i := range p.Locations {
 		for raw := range candidates(&p.Locations[i], r) {
-			t, reason := v.verify(p, set, have, raw)
-			if t != nil {
-				return t, ""
+			if n++; n > maxCandidates {
+				return nil, "there are too many"
 			}
-			why = reason
+			t, why := v.verify(p, set, have, raw)
+			if t == nil {
+				if n > 1 {
+					why += ", and every token of a request must be good"
+				}
+				return nil, why
+			}
+			if first == nil {
+				first = t
+			}
 		}
 	}
-	return nil, why
+	if first == nil {
+		return nil, "missing"
+	}
+	return first, ""
 }
+
+// unreadable stands for a token that may be there but cannot be told from the rest. It
+// verifies by no key, so that the request is denied.
+const unreadable = "unreadable"
 
 // candidates are the tokens at one location.
 func candidates(l *intentions.TokenLocation, r *intentions.Request) func(yield func(string) bool) {
@@ -356,21 +402,30 @@ func candidates(l *intentions.TokenLocation, r *intentions.Request) func(yield f
 				}
 			}
 		case l.Query != "":
-			if strings.Contains(r.Query, l.Query) {
-				if q, err := url.ParseQuery(r.Query); err == nil && q.Has(l.Query) {
-					yield(q.Get(l.Query))
+			if !strings.Contains(r.Query, l.Query) && !strings.ContainsAny(r.Query, "%+") { // the name may be escaped
+				return
+			}
+			q, err := url.ParseQuery(r.Query)
+			for _, raw := range q[l.Query] {
+				if !yield(raw) {
+					return
 				}
+			}
+			if err != nil && strings.Contains(r.Query, l.Query) {
+				yield(unreadable)
 			}
 		case l.Cookie != "":
 			for _, h := range r.Headers {
 				if h.Name != "cookie" {
 					continue
 				}
-				if list, err := http.ParseCookie(h.Value); err == nil {
-					for _, c := range list {
-						if c.Name == l.Cookie && !yield(c.Value) {
-							return
-						}
+				list, err := http.ParseCookie(h.Value)
+				if err != nil && strings.Contains(h.Value, l.Cookie) && !yield(unreadable) {
+					return
+				}
+				for _, c := range list {
+					if c.Name == l.Cookie && !yield(c.Value) {
+						return
 					}
 				}
 			}

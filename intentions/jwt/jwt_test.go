@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -136,11 +137,29 @@ func TestToken(t *testing.T) {
 	for _, r := range []*intentions.Request{
 		{Query: "a=b&access_token=" + token},
 		{Headers: []intentions.Header{{Name: "cookie", Value: "x=y; session=" + token}}},
-		{Headers: []intentions.Header{{Name: "authorization", Value: "Bearer junk"}}, Query: "access_token=" + token},
+		{Headers: []intentions.Header{{Name: "authorization", Value: "Basic junk"}}, Query: "access_token=" + token},
+		{Headers: []intentions.Header{{Name: "authorization", Value: "Bearer " + token}, {Name: "authorization", Value: "Bearer " + token}}, Query: "access_token=" + token},
 	} {
 		got, why := v.Token(p, r)
 		require.NotNil(t, got, why)
 		require.Equal(t, strings.Split(token, ".")[1], got.Payload)
+	}
+	// A good token does not let a forged one pass beside it, wherever that is.
+	forged := other.sign(t, claims(nil))
+	for name, r := range map[string]*intentions.Request{
+		"forged in the query":          {Headers: bearer(token).Headers, Query: "access_token=" + forged},
+		"forged, name escaped":         {Headers: bearer(token).Headers, Query: "acces%73_token=" + forged},
+		"forged in a cookie":           {Headers: append(bearer(token).Headers, intentions.Header{Name: "cookie", Value: "session=" + forged})},
+		"forged in a second header":    {Headers: append(bearer(token).Headers, bearer(forged).Headers...)},
+		"forged in the first header":   {Headers: append(bearer(forged).Headers, bearer(token).Headers...)},
+		"forged second in the query":   {Query: "access_token=" + token + "&access_token=" + forged},
+		"a query that cannot be read":  {Headers: bearer(token).Headers, Query: "access_token=" + forged + ";%zz"},
+		"a cookie that cannot be read": {Headers: append(bearer(token).Headers, intentions.Header{Name: "cookie", Value: "session=" + forged + "; =;x"})},
+		"more than anybody needs":      {Query: strings.Repeat("access_token="+token+"&", maxCandidates+1)},
+	} {
+		got, why := v.Token(p, r)
+		require.Nil(t, got, name)
+		require.NotEmpty(t, why, name)
 	}
 	for _, r := range []*intentions.Request{{}, {Query: "xaccess_token=" + token}, {Headers: []intentions.Header{{Name: "authorization", Value: token}}}} {
 		_, why := v.Token(p, r)
@@ -211,6 +230,40 @@ func TestFileKeys(t *testing.T) {
 	_, why = v.Token(q, bearer("x"))
 	require.Equal(t, "the provider's keys are not known yet", why)
 	require.Contains(t, v.Status()[0].Err+v.Status()[1].Err, "no such file")
+}
+
+// A key server may not send us to somebody else's keys.
+func TestRedirectToAnotherHost(t *testing.T) {
+	i := newIssuer(t, "a")
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) { fmt.Fprint(rw, i.jwks(t)) }))
+	defer elsewhere.Close()
+	here := httptest.NewServer(nil)
+	defer here.Close()
+	to := "http://localhost:" + strings.TrimPrefix(elsewhere.URL, "http://127.0.0.1:")
+	here.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/here" {
+			fmt.Fprint(rw, i.jwks(t))
+			return
+		}
+		http.Redirect(rw, r, to, http.StatusFound)
+	})
+	_, err := fetch(t.Context(), intentions.KeySource{URI: here.URL, Timeout: 5 * time.Second})
+	require.ErrorContains(t, err, "another host")
+	to = "/here"
+	_, err = fetch(t.Context(), intentions.KeySource{URI: here.URL, Timeout: 5 * time.Second})
+	require.NoError(t, err)
+}
+
+// Whatever Consul names as a file is read only if it is a file, and only so much of it.
+func TestFilesThatAreNone(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	require.NoError(t, syscall.Mkfifo(pipe, 0o600))
+	for _, name := range []string{pipe, "/dev/zero", t.TempDir()} {
+		_, err := readFile(name)
+		require.ErrorContains(t, err, "not a regular file")
+		_, err = fetch(t.Context(), intentions.KeySource{URI: "http://127.0.0.1:1", CAFile: name, Timeout: time.Second})
+		require.ErrorContains(t, err, "not a regular file")
+	}
 }
 
 // Whatever a caller sends, nothing but a signature of the provider makes a token.
