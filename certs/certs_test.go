@@ -1,6 +1,9 @@
 package certs
 
 import (
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -102,6 +105,31 @@ func TestLeafAndRoots(t *testing.T) {
 	}
 	_, err = ParseRoots("not a domain", []string{ca.CertPEM})
 	require.Error(t, err)
+}
+
+// What crypto/x509 makes of a URI is not what the certificate says.
+func TestSpellingsOfAnIdentity(t *testing.T) {
+	ca, err := NewAuthority(td)
+	require.NoError(t, err)
+	plain := ca.ID("web").String()
+	for spelling, good := range map[string]bool{
+		plain: true, "SPIFFE" + strings.TrimPrefix(plain, "spiffe"): false, plain + "#": false, plain + "?": false,
+		strings.Replace(plain, "web", "%77eb", 1): false, strings.Replace(plain, "://", "://u@", 1): false,
+	} {
+		san, err := asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(spelling)}})
+		require.NoError(t, err)
+		_, err = FromCertificate(&x509.Certificate{Extensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: san}}})
+		require.Equal(t, good, err == nil, "%s: %v", spelling, err)
+	}
+	_, err = FromCertificate(&x509.Certificate{Extensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: []byte{0x30, 0x05, 0x86}}}})
+	require.ErrorContains(t, err, "malformed")
+}
+
+func TestServiceName(t *testing.T) {
+	for name, good := range map[string]bool{"web": true, "-x": true, "-": true, "a.b_C-9": true, "...": true,
+		"": false, ".": false, "..": false, "web:80": false, "we b": false, "über": false, "*web": false, "a/b": false} {
+		require.Equal(t, good, ServiceName(name) == nil, name)
+	}
 }
 
 func TestWriteFileReplacesWithItsMode(t *testing.T) {

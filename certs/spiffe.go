@@ -2,9 +2,9 @@ package certs
 
 import (
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
-	"net/url"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -57,21 +57,52 @@ func ParseTrustDomain(s string) (string, error) {
 	return td.Name(), nil
 }
 
-// FromURL reads the identity of a parsed URI, which must be in plain form.
-func FromURL(u *url.URL) (SPIFFEID, error) {
-	if u.RawPath != "" || u.ForceQuery || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-		return SPIFFEID{}, fmt.Errorf("SPIFFE ID %q: %w", u.String(), errNotService)
+// ServiceName reports why a service of this name cannot have a SPIFFE ID: Consul
+// registers names that the SPIFFE standard does not allow in a path.
+func ServiceName(name string) error {
+	if err := spiffeid.ValidatePathSegment(name); err != nil {
+		return fmt.Errorf("service name %q cannot be part of a SPIFFE ID: it may have letters, digits, \".\", \"-\" and \"_\", and is neither \".\" nor \"..\"", name)
 	}
-	return ParseID(u.String())
+	return nil
 }
 
 // FromCertificate returns the one identity of a certificate. No URI SAN, or more
 // than one, is an error: who carries two names must not choose between them.
 func FromCertificate(c *x509.Certificate) (SPIFFEID, error) {
-	if len(c.URIs) != 1 {
-		return SPIFFEID{}, fmt.Errorf("certificate has %d URI SANs, want exactly one", len(c.URIs))
+	uris, err := uriSANs(c)
+	if err != nil {
+		return SPIFFEID{}, err
 	}
-	return FromURL(c.URIs[0])
+	if len(uris) != 1 {
+		return SPIFFEID{}, fmt.Errorf("certificate has %d URI SANs, want exactly one", len(uris))
+	}
+	return ParseID(uris[0])
+}
+
+// uriSANs reads the URI SANs as they are written in the certificate. crypto/x509 parses
+// them, after which "SPIFFE://" and an empty "#" or "?" can no longer be told from the
+// plain form, which the Lua filter insists on.
+func uriSANs(c *x509.Certificate) (out []string, err error) {
+	malformed := errors.New("the certificate's subject alternative names are malformed")
+	for _, e := range c.Extensions {
+		if !e.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, 17}) {
+			continue
+		}
+		var names asn1.RawValue
+		if rest, err := asn1.Unmarshal(e.Value, &names); err != nil || len(rest) > 0 || names.Tag != asn1.TagSequence || names.Class != asn1.ClassUniversal {
+			return nil, malformed
+		}
+		for rest := names.Bytes; len(rest) > 0; {
+			var one asn1.RawValue
+			if rest, err = asn1.Unmarshal(rest, &one); err != nil {
+				return nil, malformed
+			}
+			if one.Class == asn1.ClassContextSpecific && one.Tag == 6 { // uniformResourceIdentifier, RFC 5280 4.2.1.6
+				out = append(out, string(one.Bytes))
+			}
+		}
+	}
+	return out, nil
 }
 
 // String is the URI, or "" for nobody.

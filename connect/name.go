@@ -11,12 +11,16 @@ import (
 const maxName = 80
 
 // SafeName turns text from Consul into a name that HAProxy takes anywhere:
-// letters, digits, "-", "_" and ".". If anything had to be replaced or cut, a
-// digest of the original is added, so that different texts keep different names.
+// letters, digits, "-", "_" and ".", of which "-" does not come first, where it would
+// be read as an option. If anything had to be replaced or cut, a digest of the original
+// is added, so that different texts keep different names.
 func SafeName(s string) string {
-	changed := false
+	changed, first := false, true
 	out := strings.Map(func(r rune) rune {
+		option := first && r == '-'
+		first = false
 		switch {
+		case option:
 		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '_', r == '.':
 			return r
 		}
@@ -32,8 +36,9 @@ func SafeName(s string) string {
 	return out
 }
 
-// Digest is a short name for a text: 8 hexadecimal digits.
+// Digest is a short name for a text: 16 hexadecimal digits, so that nobody who chooses
+// the texts makes two of them alike within minutes.
 func Digest(s string) string {
 	sum := sha256.Sum256([]byte(s))
-	return hex.EncodeToString(sum[:4])
+	return hex.EncodeToString(sum[:8])
 }
