@@ -33,9 +33,9 @@ const (
 	boolTrue = 0x10
 )
 
-// maxFrame bounds one frame: HAProxy offers tune.bufsize - 4, by default 16380.
-// The agent offers no more, so a longer frame is a protocol error.
-const maxFrame = 16380
+// maxFrame bounds one frame: HAProxy offers tune.bufsize - 4, and of a frame's size both
+// sides' offers the smaller one, so that a longer frame is a protocol error.
+const maxFrame = 128 << 10
 
 // Status codes of a DISCONNECT frame.
 const (
@@ -54,15 +54,15 @@ type frame struct {
 	payload []byte
 }
 
-// readFrame reads into buf, which must hold maxFrame bytes.
+// readFrame reads into buf, whose length is that of the longest frame.
 func readFrame(r io.Reader, buf []byte) (frame, error) {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return frame{}, err
 	}
 	n := binary.BigEndian.Uint32(head[:])
-	if n < 5 || n > maxFrame {
-		return frame{}, fmt.Errorf("frame of %d bytes: must be 5 to %d", n, maxFrame)
+	if n < 5 || int64(n) > int64(len(buf)) {
+		return frame{}, fmt.Errorf("frame of %d bytes: must be 5 to %d", n, len(buf))
 	}
 	b := buf[:n]
 	if _, err := io.ReadFull(r, b); err != nil {

@@ -3,6 +3,7 @@ package spoe
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/binary"
 	"encoding/pem"
 
@@ -240,13 +241,122 @@ func TestDeniedSessions(t *testing.T) {
 	h.send(endFrame(b, 0))
 	_, vars := h.ack()
 	require.Equal(t, Allow, vars[VarVerdict])
-	require.False(t, a.Denied(from, false))
+	require.Equal(t, Stays, a.Judge(from, false, nil))
+	require.False(t, a.AnyDenied())
 	a.SetPolicy(policy("db"))
-	require.True(t, a.Denied(from, false))
+	require.Equal(t, Ends, a.Judge(from, false, nil))
+	require.True(t, a.AnyDenied())
 	other := netip.MustParseAddrPort("10.1.2.3:40001")
-	require.True(t, a.Denied(other, false), "an unknown session was let in by somebody else")
-	require.False(t, a.Denied(other, true), "a session that waits is asked about now")
+	require.Equal(t, Ends, a.Judge(other, false, nil), "an unknown session was let in by somebody else")
+	require.Equal(t, Stays, a.Judge(other, true, nil), "a session that waits is asked about now")
 	a.Forget(nil)
+}
+
+// Two callers may have the same address and port toward two addresses of ours: a deny
+// of one of them finds its session, whoever came last.
+func TestTwoIdentitiesAtOneAddress(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web", "db"))
+	from := netip.MustParseAddrPort("10.1.2.3:40000")
+	one, two := netip.MustParseAddrPort("10.0.0.1:443"), netip.MustParseAddrPort("10.0.0.2:443")
+	service := func(name string) certs.SPIFFEID {
+		_, id, err := identity(caller(t, name))
+		require.NoError(t, err)
+		return id
+	}
+	a.remember(from, one, service("web"))
+	a.remember(from, two, service("db"))
+	require.Equal(t, Stays, a.Judge(from, false, nil))
+	a.SetPolicy(policy("db"))
+	require.Equal(t, Ends, a.Judge(from, false, nil), "web was there first")
+	a.SetPolicy(policy("web"))
+	require.Equal(t, Ends, a.Judge(from, false, nil), "db came last")
+	a.remember(from, two, service("web"))
+	require.Equal(t, Stays, a.Judge(from, false, nil), "db has gone: its address is web's now")
+	for i := range 3 * maxAtOnce {
+		a.remember(from, netip.AddrPortFrom(one.Addr(), uint16(i+1)), service("web"))
+	}
+	require.Len(t, a.caller(from), maxAtOnce)
+}
+
+// A tunnel outlives the request that opened it: it ends when its caller is judged by
+// another rule.
+func TestTunnelsEndWithTheirRule(t *testing.T) {
+	a := New(Options{})
+	before := policy("web")
+	a.SetPolicy(before)
+	from := netip.MustParseAddrPort("10.1.2.3:40000")
+	_, l7, err := identity(caller(t, "l7"))
+	require.NoError(t, err)
+	a.remember(from, netip.AddrPort{}, l7)
+	require.Equal(t, Stays, a.Judge(from, false, before))
+	require.Equal(t, EndsTunnels, a.Judge(from, false, nil), "nothing is known of the policy before")
+	a.SetPolicy(policy("db"))
+	require.Equal(t, Stays, a.Judge(from, false, before), "the rule of l7 is the same")
+	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true, Intentions: []intentions.Intention{
+		{Source: intentions.Source{Name: "l7", Namespace: "default"}, Precedence: 9, Permissions: []intentions.Permission{{PathPrefix: "/ok"}}}}}))
+	require.Equal(t, EndsTunnels, a.Judge(from, false, before))
+}
+
+// Only a name that is another service's in the mesh is refused, and told.
+func TestServerNames(t *testing.T) {
+	var told []string
+	a := New(Options{Denied: func(source string, d intentions.Decision) { told = append(told, d.Rule+" "+d.Reason) }})
+	own := "api.default.dc1.internal." + td
+	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, ServerName: own, DefaultAllow: true}))
+	c := a.newConn()
+	c.epoch = a.current.Load()
+	for name, want := range map[string]string{own: Allow, "": Allow, "api.service.consul": Allow, "db.default.dc1.internal." + td: Deny} {
+		out := c.perConnection(nil, &message{cert: caller(t, "web"), serverName: []byte(name)})
+		require.True(t, bytes.HasPrefix(out, appendSetVar(nil, scopeSession, VarVerdict, want)), name)
+	}
+	require.Equal(t, []string{"server-name the caller asked by SNI for another service of the mesh: db.default.dc1.internal." + td}, told)
+}
+
+// What a certificate names cannot be read as an element of the header, or as its end.
+func TestForwardedCertificate(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	c := a.newConn()
+	c.epoch = a.current.Load()
+	template, err := x509.ParseCertificate(caller(t, "web"))
+	require.NoError(t, err)
+	template.DNSNames = []string{"good.example", `x,By=y;URI=spiffe://z`, `a"b`, "under_score.*", strings.Repeat("a", 254), "ü", "a b"}
+	require.Equal(t, []string{"DNS=good.example", "DNS=under_score.*"}, strings.Split(xfcc(template, nil, "spiffe://x"), ";")[5:])
+	junk := caller(t, "db")
+	forwarded := func(service string, chain []byte) string {
+		out := string(c.perConnection(nil, &message{cert: caller(t, service), chain: chain, xfcc: true}))
+		_, text, _ := strings.Cut(out, "\x04"+VarXFCC)
+		return text
+	}
+	require.Contains(t, forwarded("web", nil), "URI=spiffe://")
+	require.Empty(t, forwarded("db", junk), "a denied caller is not forwarded")
+	long := forwarded("web", bytes.Repeat(junk, 30))
+	require.Contains(t, long, "URI=spiffe://")
+	require.NotContains(t, long, "Chain=")
+}
+
+// Whatever chains a caller shows, what is remembered of them is bounded, and nothing is
+// remembered of one that is denied.
+func TestMemoryOfChains(t *testing.T) {
+	a := New(Options{})
+	a.SetPolicy(policy("web"))
+	c := a.newConn()
+	web, db := caller(t, "web"), caller(t, "db")
+	for i := range 4000 {
+		chain := append(slices.Clone(db), byte(i), byte(i>>8))
+		for _, der := range [][]byte{web, db} {
+			b := beginFrame(nil, frameNotify, 1, 1)
+			b = append(appendText(b, MessageConnection), 2)
+			b = binaryArg(binaryArg(b, ArgCert, der), ArgChain, chain)
+			f, err := parseFrame(endFrame(b, 0)[4:])
+			require.NoError(t, err)
+			_, err = c.notify(nil, f)
+			require.NoError(t, err)
+		}
+		require.Less(t, c.kept, 2*maxForwarded)
+	}
+	require.Len(t, c.answers, 2)
 }
 
 func TestPipelinedAndParallel(t *testing.T) {
@@ -397,7 +507,7 @@ func FuzzFrame(f *testing.F) {
 		if err != nil {
 			return
 		}
-		_, _, _ = hello(fr)
+		_, _, _, _ = hello(fr)
 		c := a.newConn()
 		out, err := c.notify(nil, fr)
 		if err != nil {

@@ -1,0 +1,48 @@
+package spoe
+
+import (
+	"strings"
+
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+)
+
+// report tells each kind of deny once per generation.
+func (a *Agent) report(e *epoch, source string, d intentions.Decision) {
+	if a.opt.Denied == nil {
+		return
+	}
+	key := e.generation + " " + d.Rule + " " + source
+	a.mu.Lock()
+	first := !a.reported[key] && len(a.reported) < maxReported
+	if first {
+		a.reported[key] = true
+	}
+	a.mu.Unlock()
+	if first {
+		a.opt.Denied(source, d)
+	}
+}
+
+// sentence keeps a reason, which quotes Consul, fit for a log line and a header.
+func sentence(s string) string {
+	words := strings.FieldsFunc(s, func(r rune) bool { return r == ' ' })
+	for i := range words {
+		words[i] = printable(words[i])
+	}
+	s = strings.Join(words, " ")
+	return s[:min(len(s), 400)]
+}
+
+// printable keeps text from Consul fit for a log line and a header.
+func printable(s string) string {
+	clean := func(r rune) rune {
+		if r <= ' ' || r > '~' || r == '"' || r == '\\' {
+			return '?'
+		}
+		return r
+	}
+	if len(s) > 200 {
+		s = s[:200]
+	}
+	return strings.Map(clean, s)
+}
