@@ -217,6 +217,15 @@ func (in *Inbound) Listeners() []Listener {
 	return out
 }
 
+// Without is the inbound side without one of its listeners, which is not the public one.
+func (in Inbound) Without(l Listener) Inbound {
+	if in.UnsecuredPort == l.Port {
+		in.UnsecuredPort = 0
+	}
+	in.Expose = slices.DeleteFunc(slices.Clone(in.Expose), func(e ExposePath) bool { return e.ListenPort == l.Port })
+	return in
+}
+
 // Upstream is one destination of our service.
 type Upstream struct {
 	Name   string // unique in the Snapshot and fit for any name in HAProxy
@@ -236,11 +245,14 @@ type Limits struct {
 	MaxConnections, MaxPendingRequests, MaxConcurrentRequests *int
 }
 
-// PassiveHealth takes an endpoint out of rotation that fails in practice.
+// PassiveHealth takes an endpoint out of rotation that fails in practice, for
+// BaseEjection times the number of its recent ejections.
 type PassiveHealth struct {
-	Interval     time.Duration
-	MaxFailures  int
+	Interval     time.Duration // in which an ejection less is remembered
+	MaxFailures  int           // in a row
 	BaseEjection time.Duration
+	MaxEjected   *int // percent of the endpoints; nil: 10, but one at least
+	Enforced     int  // percent of the ejections that are carried out
 }
 
 // Target is what an upstream resolves to: who may answer, and where.

@@ -6,14 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
@@ -55,6 +54,11 @@ type Config struct {
 	// Restore makes the run directory and what is not HAProxy's in it anew, after
 	// somebody removed it. Nil is fine.
 	Restore func() error
+	// SocketPath reports why a socket must not be made at a path that Consul names. Nil
+	// allows any.
+	SocketPath func(path string) error
+	// Reloaded is told when another worker has taken over. Nil is fine.
+	Reloaded func()
 	// Applied is told of each configuration that runs, before HAProxy uses a new
 	// slot of it: the Go dialer must listen first. Nil is fine.
 	Applied func(*render.Config) error
@@ -101,13 +105,20 @@ type Manager struct {
 
 	// Only Run's goroutine:
 	running  *render.Config
-	served   []*connect.Upstream  // all that running was made of; nil: look at its sections
-	broken   bool                 // runtime state is unknown: the next step is a reload
-	unsaved  bool                 // the files are older than what runs
-	damage   string               // a file or socket that is gone
-	deleting map[string]time.Time // servers that get nothing new, and since when
+	served   served
+	excluded map[*connect.Upstream]error // HAProxy refuses these as they are
+	broken   bool                        // runtime state is unknown: the next step is a reload
+	unsaved  bool                        // the files are older than what runs
+	damage   string                      // a file or socket that is gone
+	deleting map[string]time.Time        // servers that get nothing new, and since when
 	reloaded time.Time
 	lastErr  string
+}
+
+// served is what the listeners of a configuration were made of.
+type served struct {
+	upstreams []*connect.Upstream
+	inbound   *connect.Inbound // nil: nothing runs
 }
 
 // NewManager makes a manager that does nothing before Run.
@@ -115,7 +126,7 @@ func NewManager(c Config) *Manager {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]time.Time{},
+	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]time.Time{}, excluded: map[*connect.Upstream]error{},
 		status: Status{Reloads: map[Reason]uint64{}, Errors: map[string]uint64{}}}
 }
 
@@ -217,7 +228,7 @@ func (m *Manager) Run(ctx context.Context) error {
 }
 
 // Stages are where an attempt can fail: a bounded set, fit for a metric's label.
-var Stages = []string{"render", "write", "check", "originator", "reload", "command", "restore", "apply"}
+var Stages = []string{"listen", "render", "write", "check", "originator", "reload", "command", "restore", "apply"}
 
 // stageError says where an attempt failed.
 type stageError struct {
@@ -266,7 +277,10 @@ func (m *Manager) worked() {
 
 // step tries to make HAProxy match a snapshot. A positive wait means: not yet.
 func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.Time, last *string) (wait time.Duration, err error) {
-	open, taken := m.listenable(snap)
+	open, taken, err := m.listenable(snap)
+	if err != nil {
+		return 0, err
+	}
 	prev := m.running
 	if prev == nil {
 		prev = m.conf.Inherited // slots, if a predecessor's HAProxy uses them
@@ -276,10 +290,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
 	m.refusals(append(refused, taken...))
-	served := open.Upstreams
-	if len(refused) > 0 {
-		served = nil
-	}
+	next := served{upstreams: without(open.Upstreams, refused), inbound: &open.Inbound}
 	defer func() {
 		// A port that another process has may become free: look again.
 		if err == nil && wait == 0 && len(taken) > 0 {
@@ -298,10 +309,13 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if plan.Reload == "" {
 		*since = time.Time{}
 		if plan.Empty() && !m.unsaved {
-			m.done(want, served)
+			m.done(want, next)
 			return 0, nil
 		}
-		return 0, m.live(ctx, want, served, plan)
+		return 0, m.live(ctx, want, next, plan)
+	}
+	if err := m.ahead(ctx, open, want); err != nil {
+		return 0, err
 	}
 	if plan.Reload != Start && m.conf.Proxy.Up() {
 		// Structure: wait until it is still, so that ten changes are one reload.
@@ -322,75 +336,70 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	}
 	*since = time.Time{}
 	if err := m.reload(ctx, want, plan); err != nil {
+		if m.exclude(open.Upstreams, want, err) {
+			return time.Millisecond, nil // again, without it
+		}
 		return 0, err
 	}
-	m.done(want, served)
+	m.done(want, next)
 	return 0, nil
 }
 
-// listenable leaves out upstreams whose address another process has: HAProxy would
-// refuse to start for one of them, and take the others down.
-func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*render.Refused) {
-	if m.conf.Proxy.Inherits() {
-		return snap, nil
-	}
-	var taken []*render.Refused
-	var sections map[string]bool // of running: also while HAProxy is being started again, it may have them already
-	held := func(i int, name string) bool {
-		if i < len(m.served) && m.served[i].Name == name {
-			return true
-		}
-		if sections == nil {
-			sections = map[string]bool{}
-			if m.running != nil {
-				for _, s := range m.running.Sections {
-					sections[s.Name] = true
-				}
-			}
-		}
-		return sections["frontend up_"+name]
-	}
-	var open []*connect.Upstream
-	for i, u := range snap.Upstreams {
-		if !held(i, u.Name) {
-			if err := bindable(u.Listen); err != nil {
-				if taken == nil {
-					open = append(open, snap.Upstreams[:i]...)
-				}
-				taken = append(taken, &render.Refused{Upstream: u.Name, Err: err})
-				continue
-			}
-		}
-		if taken != nil {
-			open = append(open, u)
-		}
-	}
-	if taken == nil {
-		return snap, nil
-	}
-	less := *snap
-	less.Upstreams = open
-	return &less, taken
-}
-
-// bindable tries an address and gives it back.
-func bindable(l connect.Listener) error {
-	if l.SocketPath != "" {
-		if info, err := os.Stat(filepath.Dir(l.SocketPath)); err != nil || !info.IsDir() {
-			return fmt.Errorf("local_bind_socket_path %q: its directory does not exist", l.SocketPath)
-		}
+// ahead applies, before a reload, what needs none: policies, endpoints and the leaf wait
+// neither for the structure to be still nor for a reload that fails.
+func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *render.Config) error {
+	if m.running == nil || m.broken || !m.conf.Proxy.Up() {
 		return nil
 	}
-	addr := net.JoinHostPort(l.Address, strconv.Itoa(l.Port))
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		var sys syscall.Errno
-		if errors.As(err, &sys) {
-			return fmt.Errorf("cannot listen on %s: %w", addr, sys)
+	if !m.conf.Can.CACommit && m.running.Roots.Fingerprint != want.Roots.Fingerprint {
+		now := *snap
+		now.Roots = m.running.Roots // what is verified meanwhile is verified by these
+		var err error
+		if want, _, err = m.conf.Renderer.Render(&now, m.conf.Generation(), m.running); err != nil {
+			return stage("render", "correct what the message names in Consul", err)
 		}
-		return fmt.Errorf("cannot listen on %s", addr)
 	}
-	return ln.Close()
+	part := render.Merge(m.running, want)
+	plan := NewPlan(m.running, part, m.conf.Can)
+	if plan.Reload != "" || plan.Empty() {
+		return nil
+	}
+	return m.live(ctx, part, m.served, plan)
+}
+
+// lineOf finds the line that HAProxy names when it refuses a configuration.
+var lineOf = regexp.MustCompile(`candidate\.cfg:(\d+)\]`)
+
+// exclude leaves out, from now on and as it is, the upstream whose line HAProxy refuses:
+// the others must not suffer for it.
+func (m *Manager) exclude(list []*connect.Upstream, want *render.Config, err error) bool {
+	var se *stageError
+	if !errors.As(err, &se) || se.stage != "check" {
+		return false
+	}
+	for _, found := range lineOf.FindAllStringSubmatch(err.Error(), -1) {
+		line, _ := strconv.Atoi(found[1]) // digits
+		name := want.UpstreamAt(line)
+		for _, u := range list {
+			if name != "" && u.Name == name {
+				m.excluded[u] = fmt.Errorf("HAProxy refuses its configuration: %w", se.err)
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// without is a list of upstreams without those that were refused.
+func without(list []*connect.Upstream, refused []*render.Refused) []*connect.Upstream {
+	if len(refused) == 0 {
+		return list
+	}
+	gone := map[string]bool{}
+	for _, r := range refused {
+		gone[r.Upstream] = true
+	}
+	return slices.DeleteFunc(slices.Clone(list), func(u *connect.Upstream) bool { return gone[u.Name] })
 }
 
 func (m *Manager) refusals(refused []*render.Refused) {
@@ -409,8 +418,8 @@ func (m *Manager) refusals(refused []*render.Refused) {
 	}
 }
 
-func (m *Manager) done(want *render.Config, served []*connect.Upstream) {
-	m.running, m.served = want, served
+func (m *Manager) done(want *render.Config, now served) {
+	m.running, m.served = want, now
 	m.mu.Lock()
 	m.status.Ready, m.status.Running = true, want
 	m.status.Deleting = len(m.deleting)
@@ -490,7 +499,15 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	m.status.Reloads[plan.Reload]++
 	m.status.LastReload = string(plan.Reload) + ": " + plan.Detail
 	m.mu.Unlock()
+	m.newWorker()
 	return nil
+}
+
+// newWorker tells that another worker serves now.
+func (m *Manager) newWorker() {
+	if m.conf.Reloaded != nil {
+		m.conf.Reloaded()
+	}
 }
 
 // save puts all files of a configuration in place; old, if any, is what they have.
@@ -503,7 +520,7 @@ func (m *Manager) save(c, old *render.Config) error {
 
 // live changes HAProxy while it runs, and the files with it. A disk that is full does
 // not keep an endpoint or a leaf from HAProxy: the files follow when they can.
-func (m *Manager) live(ctx context.Context, want *render.Config, served []*connect.Upstream, plan Plan) error {
+func (m *Manager) live(ctx context.Context, want *render.Config, now served, plan Plan) error {
 	old := m.running
 	if m.unsaved {
 		old = nil
@@ -526,7 +543,7 @@ func (m *Manager) live(ctx context.Context, want *render.Config, served []*conne
 	m.status.Commands += uint64(len(plan.Commands))
 	m.mu.Unlock()
 	m.conf.Log.Debug("changed without a reload", "commands", len(plan.Commands))
-	m.done(want, served)
+	m.done(want, now)
 	return saved
 }
 
@@ -595,6 +612,7 @@ func (m *Manager) restore(ctx context.Context) error {
 		}
 		clear(m.deleting)
 		m.reloaded = time.Now()
+		m.newWorker()
 	}
 	m.conf.Log.Info("the run directory is whole again")
 	m.damage, m.unsaved = "", false
@@ -625,20 +643,16 @@ func (m *Manager) command(ctx context.Context, c Command, want *render.Config) e
 			// It is still there, draining: take it back. Its name stands for the
 			// same address and options.
 			delete(m.deleting, c.Server)
-			_, rest, _ := strings.Cut(c.Text, " weight ")
-			weight, _, _ := strings.Cut(rest, " ")
-			if err := m.do(ctx, "set server "+c.Server+" weight "+weight, nil, ""); err != nil {
+			if err := m.do(ctx, weight(c.Server, &c.Set).Text, nil, ""); err != nil {
+				return err
+			}
+			if err := m.do(ctx, maxConn(c.Server, &c.Set).Text, nil, ""); err != nil {
 				return err
 			}
 			return m.do(ctx, "set server "+c.Server+" state ready", nil, "")
 		}
 		if err := m.do(ctx, c.Text, nil, c.Want); err != nil {
 			return err
-		}
-		if c.Check {
-			if err := m.do(ctx, "enable health "+c.Server, nil, ""); err != nil {
-				return err
-			}
 		}
 		return m.do(ctx, "enable server "+c.Server, nil, "")
 	case Remove:

@@ -63,9 +63,9 @@ type Command struct {
 	Kind    Kind
 	Text    string
 	Payload []byte
-	Want    string // the answer must contain it; "" wants an empty answer
-	Server  string // backend/server that Add, Weight and Remove are about
-	Check   bool   // Add: enable its health check too
+	Want    string        // the answer must contain it; "" wants an empty answer
+	Server  string        // backend/server that Add, Weight and Remove are about
+	Set     render.Server // Add: what is added
 }
 
 // String prints the plan for people and for tests.
@@ -244,6 +244,14 @@ func uses(c *render.Config, file string) bool {
 	return s != nil && strings.Contains(s.Head, file)
 }
 
+func weight(full string, s *render.Server) Command {
+	return Command{Kind: Weight, Server: full, Text: fmt.Sprintf("set server %s weight %d", full, s.Weight)}
+}
+
+func maxConn(full string, s *render.Server) Command {
+	return Command{Kind: Weight, Server: full, Text: fmt.Sprintf("set maxconn server %s %d", full, s.MaxConn)}
+}
+
 func servers(now, want *render.Section, p *Plan) {
 	if len(now.Servers) == 0 && len(want.Servers) == 0 {
 		return
@@ -258,12 +266,16 @@ func servers(now, want *render.Section, p *Plan) {
 		full := backend + "/" + s.Name
 		was := old[s.Name]
 		delete(old, s.Name)
-		switch {
-		case was == nil:
-			p.Commands = append(p.Commands, Command{Kind: Add, Server: full, Check: s.Check,
-				Text: fmt.Sprintf("add server %s %s weight %d%s", full, s.Address, s.Weight, s.Options), Want: "New server registered"})
-		case was.Weight != s.Weight:
-			p.Commands = append(p.Commands, Command{Kind: Weight, Server: full, Text: fmt.Sprintf("set server %s weight %d", full, s.Weight)})
+		if was == nil {
+			p.Commands = append(p.Commands, Command{Kind: Add, Server: full, Set: *s,
+				Text: "add server " + backend + "/" + s.Added(), Want: "New server registered"})
+			continue
+		}
+		if was.Weight != s.Weight {
+			p.Commands = append(p.Commands, weight(full, s))
+		}
+		if was.MaxConn != s.MaxConn {
+			p.Commands = append(p.Commands, maxConn(full, s))
 		}
 	}
 	for i := range now.Servers {

@@ -2,21 +2,35 @@ package haproxy
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"strings"
 
 	"github.com/hashicorp/go-multierror"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 // Worker is one worker of HAProxy, the current or a replaced one: it runs a command
 // of the runtime API and returns the answer.
 type Worker func(ctx context.Context, command string) (string, error)
 
-// EndSessions ends the sessions of the public listener whose caller is denied now,
-// in every worker; others are untouched. live are the callers' addresses of the
-// sessions that stay. waits: the session has not been let in yet, so that whoever is
-// asked about it is asked now. A worker that does not answer has none, or ends with an error.
-func EndSessions(ctx context.Context, workers []Worker, denied func(from netip.AddrPort, waits bool) bool) (ended int, live map[netip.AddrPort]bool, err error) {
+// Verdict is what becomes of a session.
+type Verdict int
+
+// The verdicts.
+const (
+	Keep Verdict = iota
+	EndTunnel
+	End
+)
+
+// EndSessions ends the sessions of callers that judge is against, in every worker; others
+// are untouched. live are the callers' addresses of the sessions that stay. pending: the
+// session has not been let in yet, so that whoever is asked about it is asked now. A
+// worker that does not answer is an error: it may have sessions that should end.
+func EndSessions(ctx context.Context, workers []Worker, judge func(from netip.AddrPort, pending bool) Verdict) (ended int, live map[netip.AddrPort]bool, err error) {
 	live = map[netip.AddrPort]bool{}
 	var wrong *multierror.Error
 	for _, do := range workers {
@@ -25,57 +39,46 @@ func EndSessions(ctx context.Context, workers []Worker, denied func(from netip.A
 			wrong = multierror.Append(wrong, err)
 			continue
 		}
-		for line := range strings.Lines(out) {
-			id, from, waits, ok := parseSession(line)
+		for _, s := range runtimeapi.ParseSessions(out) {
+			if !s.From.IsValid() || !render.Inbound(s.Frontend, s.Backend) {
+				continue
+			}
+			end, err := ends(ctx, do, s, judge)
+			if err == nil && end {
+				_, err = do(ctx, "shutdown session "+s.ID)
+			}
 			switch {
-			case !ok:
-			case !denied(from, waits):
-				live[from] = true
-			default:
-				if _, err := do(ctx, "shutdown session "+id); err != nil {
-					wrong = multierror.Append(wrong, err)
-					continue
-				}
+			case err != nil:
+				wrong = multierror.Append(wrong, err)
+			case end:
 				ended++
+			default:
+				live[s.From] = true
 			}
 		}
 	}
 	return ended, live, wrong.ErrorOrNil()
 }
 
-// parseSession reads a line of `show sess`; ok is false unless it is about the
-// public listener. The format (HAProxy's management guide):
-//
-//	0x55f3c8: proto=tcpv4 src=10.0.0.1:51234 fe=public be=local_app srv=app ...
-func parseSession(line string) (id string, from netip.AddrPort, waits, ok bool) {
-	fields := strings.Fields(line)
-	if len(fields) < 4 {
-		return "", from, false, false
+// ends asks about one session, and the worker about its answer where only a tunnel ends.
+func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (bool, error) {
+	switch judge(s.From, s.Backend == "<NONE>") {
+	case End:
+		return true, nil
+	case EndTunnel:
+		const switchingProtocols = 101
+		out, err := do(ctx, "show sess "+s.ID)
+		return err == nil && runtimeapi.ParseStatus(out) == switchingProtocols, err
 	}
-	id, is := strings.CutSuffix(fields[0], ":")
-	// The ID becomes part of a command: nothing but a number may.
-	if digits, hex := strings.CutPrefix(id, "0x"); !is || !hex || strings.Trim(digits, "0123456789abcdef") != "" || digits == "" {
-		return "", from, false, false
+	return false, nil
+}
+
+// TellGeneration makes the generation of the policy known to a worker that was replaced:
+// the plan tells only the current one, and a kept connection is judged anew when it moves.
+func TellGeneration(ctx context.Context, do Worker, dir, generation string) error {
+	out, err := do(ctx, "set map "+dir+"/"+render.PolicyMap+" "+render.PolicyKey+" "+generation)
+	if err != nil || strings.TrimSpace(out) == "" || strings.Contains(out, "nknown map") { // a listener of tcp has none
+		return err
 	}
-	public := false
-	for _, f := range fields[1:] {
-		if f == "fe=public" {
-			public = true
-		} else if f == "be=<NONE>" {
-			waits = true
-		} else if addr, is := strings.CutPrefix(f, "src="); is {
-			i := strings.LastIndexByte(addr, ':')
-			if i < 0 {
-				return "", from, false, false
-			}
-			host := strings.Trim(addr[:i], "[]")
-			var err error
-			if from, err = netip.ParseAddrPort("[" + host + "]" + addr[i:]); err != nil {
-				if from, err = netip.ParseAddrPort(addr); err != nil {
-					return "", from, false, false
-				}
-			}
-		}
-	}
-	return id, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), waits, public && from.IsValid()
+	return fmt.Errorf("a replaced worker does not take the policy's generation: %.200q", out)
 }

@@ -2,8 +2,8 @@ package haproxy
 
 import (
 	"context"
+	"errors"
 	"net/netip"
-	"regexp"
 	"strings"
 	"testing"
 
@@ -16,36 +16,52 @@ const sessions = `0x7f01: proto=unix_stream src=unix:1 fe=GLOBAL be=<NONE> srv=<
 0x7f04: proto=tcpv4 src=10.0.0.1:1001 fe=up_db be=db srv=x ts=00
 0x7f05: proto=tcpv6 src=::1:1002 fe=public be=local_app srv=app ts=00
 0x7f06: proto=tcpv4 src=10.0.0.3:1 fe=public be=<NONE> srv=<none>
+0x7f07: proto=tcpv4 src=10.0.0.4:1 fe=public be=local_app srv=app
+0x7f08: proto=tcpv4 src=10.0.0.4:2 fe=public be=local_app srv=app
+0x7f09: proto=tcpv4 src=10.0.0.1:1000 fe=permissive be=permissive_tls srv=public
+0x7f0a: proto=tcpv4 src=10.0.0.1:1000 fe=permissive be=permissive_app srv=app
 garbage
 `
 
 func TestEndSessions(t *testing.T) {
 	var done []string
 	worker := func(_ context.Context, c string) (string, error) {
-		if c == "show sess" {
+		switch c {
+		case "show sess":
 			return sessions, nil
+		case "show sess 0x7f07":
+			return "0x7f07: id=1\n txn=0x5 flags=0x1 meth=1 status=101 req.st=MSG_TUNNEL", nil
+		case "show sess 0x7f08":
+			return "0x7f08: id=2\n txn=0x5 flags=0x1 meth=1 status=200 req.st=MSG_DATA", nil
 		}
 		done = append(done, c)
 		return "", nil
 	}
-	bad := map[string]bool{"10.0.0.1:1000": true, "[::1]:1002": true, "10.0.0.3:1": true, "10.0.0.1:1001": true}
-	ended, live, err := EndSessions(t.Context(), []Worker{worker}, func(a netip.AddrPort, waits bool) bool { return !waits && bad[a.String()] })
+	bad := map[string]Verdict{"10.0.0.1:1000": End, "[::1]:1002": End, "10.0.0.3:1": End, "10.0.0.1:1001": End, "10.0.0.4:1": EndTunnel, "10.0.0.4:2": EndTunnel}
+	judge := func(a netip.AddrPort, pending bool) Verdict {
+		if pending {
+			return Keep
+		}
+		return bad[a.String()]
+	}
+	ended, live, err := EndSessions(t.Context(), []Worker{worker}, judge)
 	require.NoError(t, err)
-	require.Equal(t, 2, ended)
-	require.Equal(t, "shutdown session 0x7f02 shutdown session 0x7f05", strings.Join(done, " "))
-	require.Equal(t, map[netip.AddrPort]bool{netip.MustParseAddrPort("10.0.0.2:1000"): true, netip.MustParseAddrPort("10.0.0.3:1"): true}, live)
+	require.Equal(t, 4, ended)
+	require.Equal(t, "shutdown session 0x7f02 shutdown session 0x7f05 shutdown session 0x7f07 shutdown session 0x7f09", strings.Join(done, " "))
+	require.Equal(t, map[netip.AddrPort]bool{netip.MustParseAddrPort("10.0.0.2:1000"): true, netip.MustParseAddrPort("10.0.0.3:1"): true,
+		netip.MustParseAddrPort("10.0.0.4:2"): true}, live)
+	// A worker that does not answer may have sessions that should have ended.
+	silent := func(context.Context, string) (string, error) { return "", errors.New("away") }
+	_, _, err = EndSessions(t.Context(), []Worker{silent, worker}, judge)
+	require.ErrorContains(t, err, "away")
 }
 
-func FuzzParseSession(f *testing.F) {
-	for line := range strings.Lines(sessions) {
-		f.Add(line)
+func TestTellGeneration(t *testing.T) {
+	for answer, good := range map[string]bool{"": true, "Unknown map identifier. Please use #<id> or <file>.": true, "Out of memory": false} {
+		err := TellGeneration(t.Context(), func(_ context.Context, c string) (string, error) {
+			require.Equal(t, "set map /run/x/maps/policy.map generation g", c)
+			return answer, nil
+		}, "/run/x", "g")
+		require.Equal(t, good, err == nil, "%q: %v", answer, err)
 	}
-	f.Add("0x;: 0 src=0.0.0.0:0 fe=public")
-	number := regexp.MustCompile(`^0x[0-9a-f]+$`)
-	f.Fuzz(func(t *testing.T, line string) {
-		id, from, _, ok := parseSession(line)
-		if ok && (!number.MatchString(id) || !from.IsValid()) {
-			t.Fatalf("%q: %q %v", line, id, from)
-		}
-	})
 }

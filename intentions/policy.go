@@ -14,6 +14,8 @@
 package intentions
 
 import (
+	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"reflect"
 	"regexp"
@@ -191,6 +193,18 @@ func orDefault(s string) string {
 		return "default"
 	}
 	return s
+}
+
+// Digest names what a policy says: two that were made of the same have the same.
+func (p *Policy) Digest() string {
+	if p == nil || !p.valid {
+		return "none"
+	}
+	text, err := json.Marshal(p.conf)
+	if err != nil { // it has nothing that JSON does not know
+		return ""
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(text))
 }
 
 // Destination is the service the policy protects.

@@ -10,7 +10,7 @@
 --   filter lua.spiffe ID [ID ...]   the expected IDs
 --   filter lua.spiffe slot          the IDs in txn.spiffe_ids, "|" before each
 
-local byte, sub, find = string.byte, string.sub, string.find
+local byte, sub, find, match = string.byte, string.sub, string.find, string.match
 
 -- One DER header at p, inside last: tag, first and last content byte; nil when
 -- malformed. Lengths up to 64 KiB, in their shortest form only.
@@ -112,7 +112,9 @@ local function verdict(self, txn)
   if not uri then return false, why end
   if self.slot then
     local want = txn:get_var("txn.spiffe_ids")
-    if type(want) == "string" and find(want .. "|", "|" .. uri .. "|", 1, true) and not find(uri, "|", 1, true) then return true end
+    -- The slot is address|port|ID|ID...: only what follows the port is an identity.
+    local ids = type(want) == "string" and match(want, "^[^|]*|[^|]*(|.*)$")
+    if ids and find(ids .. "|", "|" .. uri .. "|", 1, true) and not find(uri, "|", 1, true) then return true end
   elseif self.ids[uri] then
     return true
   end

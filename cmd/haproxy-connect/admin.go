@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"embed"
-	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,16 +11,19 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 // listenAdmin serves the admin address; "" when there is none.
@@ -43,15 +45,50 @@ func (s *sidecar) listenAdmin(ctx context.Context, g *errgroup.Group) (string, e
 	mux.Handle("GET /stats", s.stats())
 	mux.HandleFunc("POST /drain", loopback(s.quit))
 	mux.HandleFunc("POST /quit", loopback(s.quit))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	srv := server(named(mux, s.conf.adminAddr))
 	g.Go(func() error {
-		if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		if err := srv.Serve(limited(ln)); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("admin listener: %w", err)
 		}
 		return nil
 	})
 	context.AfterFunc(ctx, func() { srv.Close() })
 	return ln.Addr().String(), nil
+}
+
+// server answers pages and metrics to whoever reaches its listener. It shares a process,
+// and so descriptors, with the authorization agent.
+func server(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
+}
+
+// maxPages is how many connections a listener for pages and metrics has at once.
+const maxPages = 64
+
+func limited(ln net.Listener) net.Listener { return netutil.LimitListener(ln, maxPages) }
+
+// named answers only to names that cannot be somebody else's: a web page may give its own
+// name our address, and would then read what is here (DNS rebinding). Health and metrics
+// are asked for by any name.
+func named(h http.Handler, listen string) http.Handler {
+	own, _, _ := net.SplitHostPort(listen) // validated
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/metrics", "/ready", "/live":
+			h.ServeHTTP(w, r)
+			return
+		}
+		host := r.Host
+		if name, _, err := net.SplitHostPort(host); err == nil {
+			host = name
+		}
+		host = strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
+		if _, err := netip.ParseAddr(host); err != nil && host != "localhost" && (own == "" || host != strings.ToLower(own)) {
+			http.Error(w, "this name is not ours: use an address, localhost, or the name in -admin-addr", http.StatusMisdirectedRequest)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func answer(w http.ResponseWriter, code int, v any) {
@@ -116,6 +153,17 @@ func (s *sidecar) reasons() []string {
 		out = append(out, "the leaf certificate has expired")
 	}
 	return out
+}
+
+// oldWorkers counts the replaced workers that still have sessions; 0 while there is no HAProxy.
+func (s *sidecar) oldWorkers(ctx context.Context) (n int) {
+	workers, _ := s.proc.Workers(ctx)
+	for _, w := range workers {
+		if w.Old {
+			n++
+		}
+	}
+	return n
 }
 
 func (s *sidecar) ready(w http.ResponseWriter, _ *http.Request) {
@@ -197,6 +245,8 @@ type statusReport struct {
 	Deleting  int               `json:"draining_servers"`
 	Restarts  uint64            `json:"haproxy_restarts"`
 	Revoked   uint64            `json:"revoked_sessions"`
+	Pending   bool              `json:"revocation_pending"` // not everything that is open was judged by the policy in force
+	Known     bool              `json:"known"`              // false: nothing was learnt yet, and what is empty says nothing
 }
 
 func (s *sidecar) status() statusReport {
@@ -216,8 +266,8 @@ func (s *sidecar) status() statusReport {
 	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, s.agent.Generation()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	old, _ := s.proc.OldWorkers(ctx) // none while there is no HAProxy
-	out.Old, out.Revoked = len(old), s.revoked.Load()
+	out.Old, out.Revoked, out.Pending = s.oldWorkers(ctx), s.revoke.ended.Load(), s.revoke.pending.Load()
+	out.Known = true
 	out.Deleting, out.Restarts = st.Deleting, s.restarts.Load()
 	snap := s.newest.Load()
 	if snap == nil {
@@ -299,29 +349,7 @@ func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]stri
 	if err != nil {
 		return nil, err
 	}
-	lines := csv.NewReader(strings.NewReader(strings.TrimSpace(strings.TrimPrefix(out, "# "))))
-	lines.FieldsPerRecord = -1
-	head, err := lines.Read()
-	if err != nil {
-		return nil, fmt.Errorf("show stat: %w", err)
-	}
-	var rows []map[string]string
-	for {
-		line, err := lines.Read()
-		if errors.Is(err, io.EOF) {
-			return rows, nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("show stat: %w", err)
-		}
-		row := make(map[string]string, len(head))
-		for i, name := range head {
-			if i < len(line) {
-				row[name] = line[i]
-			}
-		}
-		rows = append(rows, row)
-	}
+	return runtimeapi.ParseStats(out)
 }
 
 // known completes endpoints by HAProxy's statistics of the servers that stand for them.

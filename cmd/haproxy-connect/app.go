@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -71,6 +72,8 @@ func (a *app) start() error {
 	defer a.mu.Unlock()
 	cmd := exec.Command(a.args[0], a.args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// Our token is not the application's, unless it is given to both as Consul's own.
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "HAPROXY_CONNECT_TOKEN=") })
 	// Its own group: a terminal's Ctrl-C begins the ordered stop, not the application's
 	// end. Should we be killed, it does not stay behind without a sidecar.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}

@@ -15,13 +15,13 @@ const module = "github.com/haproxy-connect/haproxy-connect/"
 // mayImport is the table of rooms in the README: what each package may import of
 // ours. A package that is not listed fails.
 var mayImport = map[string][]string{
-	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "intentions", "intentions/jwt", "intentions/spoe", "lua"},
+	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "haproxy/runtimeapi", "intentions", "intentions/jwt", "intentions/spoe", "lua"},
 	"certs":               {},
 	"connect":             {"certs", "intentions"},
 	"connect/connecttest": {},
 	"connect/consul":      {"connect", "certs", "intentions"},
 	"connect/dialer":      {"certs"},
-	"haproxy":             {"connect", "certs", "intentions", "haproxy/render"},
+	"haproxy":             {"connect", "certs", "intentions", "haproxy/render", "haproxy/runtimeapi"},
 	"haproxy/process":     {"haproxy/runtimeapi"},
 	"haproxy/render":      {"connect", "certs", "intentions", "intentions/spoe", "lua"},
 	"haproxy/runtimeapi":  {},
@@ -39,6 +39,7 @@ var only = map[string]string{
 	"github.com/go-jose/go-jose":           "intentions/jwt",
 	"github.com/prometheus/client_golang":  "cmd/haproxy-connect",
 	"golang.org/x/sync":                    "cmd/haproxy-connect",
+	"golang.org/x/net":                     "cmd/haproxy-connect",
 	"github.com/hashicorp/go-sockaddr":     "connect/consul",
 	"golang.org/x/sys":                     "haproxy/process",
 }

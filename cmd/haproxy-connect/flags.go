@@ -323,7 +323,7 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
 	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, Files: c.files, HardStopAfter: c.hardStop,
-		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, LuaBool: b.Version.Features().LuaBool, SPOP: b.Version.Features().SPOP}
+		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, HelloTimeout: b.Version.Features().HelloTimeout, LuaBool: b.Version.Features().LuaBool, SPOP: b.Version.Features().SPOP}
 }
 
 // dir is the run directory of a proxy.

@@ -33,7 +33,7 @@ type metrics struct {
 	mu      sync.Mutex
 	callers map[string]*seen
 
-	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, held, watchErrors, ready, refused, revoked, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
+	reloads, applyErrors, ignored, leafLeft, leafEnd, age, commands, drifts, restarts, endpoints, held, watchErrors, ready, refused, revoked, revokePending, revokeErrors, ejected, ejections, oldWorkers, draining, jwksKeys, jwksErrors *prometheus.Desc
 }
 
 func newMetrics(s *sidecar) *metrics {
@@ -45,25 +45,29 @@ func newMetrics(s *sidecar) *metrics {
 		side: s, registry: prometheus.NewRegistry(), callers: map[string]*seen{},
 		authz: prometheus.NewCounterVec(prometheus.CounterOpts{Name: ns + "authorizations_total",
 			Help: "Verdicts by caller's SPIFFE ID, verdict and the rule that decided."}, []string{"source", "verdict", "rule"}),
-		reloads:     d("reloads_total", "Reloads of HAProxy by reason.", "reason"),
-		applyErrors: d("apply_errors_total", "Failed attempts to bring HAProxy up to date, by stage.", "stage"),
-		ignored:     d("config_ignored", "Settings in Consul that are not honoured, by key; 1 each.", "key"),
-		leafLeft:    d("leaf_expiry_seconds", "Seconds until the leaf certificate ends; negative once it has."),
-		leafEnd:     d("leaf_not_after_timestamp_seconds", "When the leaf certificate ends, as Unix time."),
-		age:         d("snapshot_age_seconds", "Seconds since the mesh last changed for this sidecar."),
-		commands:    d("runtime_commands_total", "Changes made to HAProxy without a reload."),
-		drifts:      d("drifts_total", "Times HAProxy was found in another state than it was left in."),
-		restarts:    d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
-		endpoints:   d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
-		held:        d("endpoints_held_total", "Times an upstream kept endpoints that all went just after Consul came back."),
-		watchErrors: d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
-		revoked:     d("revoked_sessions_total", "Open sessions ended because their caller was denied meanwhile."),
-		oldWorkers:  d("old_workers", "Replaced workers of HAProxy that still have sessions."),
-		draining:    d("draining_servers", "Endpoints that are gone and still have sessions."),
-		refused:     d("identity_refusals_total", "Connections to upstreams that were refused because the server showed a wrong identity."),
-		jwksKeys:    d("jwks_keys", "Keys of a jwt-provider that intentions require tokens of.", "provider"),
-		jwksErrors:  d("jwks_errors_total", "Failed attempts to read the keys of a jwt-provider.", "provider"),
-		ready:       d("ready", "1 when the sidecar is ready."),
+		reloads:       d("reloads_total", "Reloads of HAProxy by reason.", "reason"),
+		applyErrors:   d("apply_errors_total", "Failed attempts to bring HAProxy up to date, by stage.", "stage"),
+		ignored:       d("config_ignored", "Settings in Consul that are not honoured, by key; 1 each.", "key"),
+		leafLeft:      d("leaf_expiry_seconds", "Seconds until the leaf certificate ends; negative once it has."),
+		leafEnd:       d("leaf_not_after_timestamp_seconds", "When the leaf certificate ends, as Unix time."),
+		age:           d("snapshot_age_seconds", "Seconds since the mesh last changed for this sidecar."),
+		commands:      d("runtime_commands_total", "Changes made to HAProxy without a reload."),
+		drifts:        d("drifts_total", "Times HAProxy was found in another state than it was left in."),
+		restarts:      d("haproxy_restarts_total", "Times HAProxy ended without being asked to."),
+		endpoints:     d("upstream_endpoints", "Endpoints that may be called, by upstream.", "upstream"),
+		held:          d("endpoints_held_total", "Times an upstream kept endpoints that all went just after Consul came back."),
+		watchErrors:   d("watch_errors_total", "Errors of Consul's agent, by watch.", "watch"),
+		revoked:       d("revoked_sessions_total", "Open sessions ended because their caller was denied meanwhile."),
+		revokePending: d("revocation_pending", "1 while open sessions wait to be judged by the policy in force."),
+		revokeErrors:  d("revocation_errors_total", "Failed attempts to judge all open sessions by the policy in force; each is repeated."),
+		ejected:       d("ejected_endpoints", "Endpoints that are not called for a while, as they failed (passive_health_check)."),
+		ejections:     d("ejections_total", "Times an endpoint was taken out of rotation, as it failed (passive_health_check)."),
+		oldWorkers:    d("old_workers", "Replaced workers of HAProxy that still have sessions."),
+		draining:      d("draining_servers", "Endpoints that are gone and still have sessions."),
+		refused:       d("identity_refusals_total", "Connections to upstreams that were refused because the server showed a wrong identity."),
+		jwksKeys:      d("jwks_keys", "Keys of a jwt-provider that intentions require tokens of.", "provider"),
+		jwksErrors:    d("jwks_errors_total", "Failed attempts to read the keys of a jwt-provider.", "provider"),
+		ready:         d("ready", "1 when the sidecar is ready."),
 	}
 	m.registry.MustRegister(m, m.authz, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
@@ -146,7 +150,7 @@ func (m *metrics) list() (out []statusCaller) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.held, m.watchErrors, m.ready, m.refused, m.revoked, m.oldWorkers, m.draining, m.jwksKeys, m.jwksErrors} {
+	for _, d := range []*prometheus.Desc{m.reloads, m.applyErrors, m.ignored, m.leafLeft, m.leafEnd, m.age, m.commands, m.drifts, m.restarts, m.endpoints, m.held, m.watchErrors, m.ready, m.refused, m.revoked, m.revokePending, m.revokeErrors, m.ejected, m.ejections, m.oldWorkers, m.draining, m.jwksKeys, m.jwksErrors} {
 		ch <- d
 	}
 }
@@ -172,10 +176,17 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.refused, s.proc.Refusals())
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	if old, err := s.proc.OldWorkers(ctx); err == nil {
-		gauge(m.oldWorkers, float64(len(old)))
+	gauge(m.oldWorkers, float64(s.oldWorkers(ctx)))
+	counter(m.revoked, s.revoke.ended.Load())
+	counter(m.revokeErrors, s.revoke.errors.Load())
+	pending := 0.0
+	if s.revoke.pending.Load() {
+		pending = 1
 	}
-	counter(m.revoked, s.revoked.Load())
+	gauge(m.revokePending, pending)
+	out, ejections := s.ejector.List()
+	gauge(m.ejected, float64(len(out)))
+	counter(m.ejections, ejections)
 	gauge(m.draining, float64(s.manager.Status().Deleting))
 	st := s.manager.Status()
 	for _, r := range haproxy.Reasons { // also what has not happened: a rate needs a first value

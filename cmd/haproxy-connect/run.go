@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,17 +65,9 @@ type sidecar struct {
 	newest   atomic.Pointer[connect.Snapshot]
 	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
 	restarts atomic.Uint64
-	revoked  atomic.Uint64
-	revoke   chan struct{} // the policy changed: look at what is open
+	revoke   *revocations
+	ejector  *haproxy.Ejector
 	noticed  map[connect.Notice]bool
-}
-
-// lookThrough asks for a look at what is open.
-func (s *sidecar) lookThrough() {
-	select {
-	case s.revoke <- struct{}{}:
-	default:
-	}
 }
 
 func (s *sidecar) waiting(what string) { s.phase.Store(&what) }
@@ -113,7 +104,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{app: newApp(app), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}, revoke: make(chan struct{}, 1)}
+	s := &sidecar{app: newApp(app), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
@@ -164,8 +155,10 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 		return err
 	}
 
-	tested := make(chan error, 1) // beside the wait for Consul
-	go func() { tested <- s.selfTest(dataCtx) }()
+	tested, testEnded := make(chan error, 1), make(chan struct{}) // beside the wait for Consul
+	testCtx, endTest := context.WithCancel(dataCtx)
+	go func() { defer close(testEnded); tested <- s.selfTest(testCtx) }()
+	defer func() { endTest(); <-testEnded }() // it leaves no directory behind
 
 	if s.conf.register {
 		err := s.retry(ctx, "the agent, to register", func(ctx context.Context) error { return s.client.Register(ctx, s.conf.registration) })
@@ -233,7 +226,8 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	}
 	s.tokens = jwt.New(dataCtx, s.log)
 	data.Go(func() error { <-dataCtx.Done(); s.tokens.Wait(); return nil })
-	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied, Tokens: s.tokens, Crowded: s.lookThrough})
+	s.revoke = &revocations{log: s.log, dir: s.dir, newest: s.newest.Load, maxAge: s.conf.maxAge, wake: make(chan struct{}, 1)}
+	s.agent = spoe.New(spoe.Options{Log: s.log, Count: s.metrics.authorization, Denied: s.denied, Tokens: s.tokens, Crowded: s.revoke.Wake})
 	ln, err := s.listenAuthz()
 	if err != nil {
 		return err
@@ -244,9 +238,12 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	defer endProc()
 	s.proc = process.New(process.Config{
 		Binary: s.binary, Dir: s.dir, File: filepath.Join(s.dir, render.MainFile), Log: s.log, Line: s.accessLine,
-		Serving: func() { s.manager.Restarted() },
+		Serving: func() { s.manager.Restarted(); s.revoke.Wake() },
 		Died:    func(error) { s.restarts.Add(1) },
 	})
+	s.revoke.agent, s.revoke.proc = s.agent, s.proc
+	s.ejector = &haproxy.Ejector{Log: s.log, Twice: f.SyncReload, Running: func() *render.Config { return s.manager.Status().Running },
+		Do: func(ctx context.Context, c string) (string, error) { return s.proc.Do(ctx, c, nil) }}
 	var inherited *render.Config
 	if s.proc.FindPredecessor(ctx) {
 		inherited = slotsOnDisk(s.dir)
@@ -257,6 +254,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		Generation: s.agent.Generation,
 		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
 		Restore:    func() error { return s.restoreDir(dataCtx, data) },
+		SocketPath: socketPath, Reloaded: s.revoke.Wake,
 	}
 	if originator == render.Go {
 		s.dial = dialer.New(s.log, s.own)
@@ -273,7 +271,8 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	control.Go(func() error { return s.manager.Run(controlCtx) })
 	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
 	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
-	control.Go(func() error { s.revokeSessions(controlCtx); return nil })
+	control.Go(func() error { s.revoke.Run(controlCtx); return nil })
+	control.Go(func() error { s.ejector.Run(controlCtx); return nil })
 	data.Go(func() error { s.telemetry(dataCtx); return nil })
 	control.Go(func() error { s.comeBack(controlCtx, id); return nil })
 	if s.app != nil {
@@ -350,9 +349,7 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	if old == nil || old.Policy != snap.Policy {
 		s.tokens.Use(snap.Policy.Providers())
 		s.agent.SetPolicy(snap.Policy)
-		if old != nil {
-			s.lookThrough()
-		}
+		s.revoke.Wake()
 	}
 	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
 		s.dial.SetIdentity(snap.Leaf, snap.Roots)
@@ -375,78 +372,6 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	s.manager.Want(snap)
-}
-
-// revokeSessions ends, after each change of the policy, what is open of callers that it
-// denies, and what is older than the operator allows.
-func (s *sidecar) revokeSessions(ctx context.Context) {
-	var aged <-chan time.Time
-	if age := s.conf.maxAge; age > 0 {
-		t := time.NewTicker(min(max(age/10, time.Second), time.Minute))
-		defer t.Stop()
-		aged = t.C
-	}
-	told := ""
-	for {
-		denied := s.agent.Denied
-		select {
-		case <-ctx.Done():
-			return
-		case <-s.revoke:
-		case <-aged:
-			denied = func(from netip.AddrPort, waits bool) bool { return s.agent.Denied(from, waits) || s.tooOld(from) }
-		}
-		err := s.endSessions(ctx, denied)
-		if err != nil && s.proc.Up() && ctx.Err() == nil && err.Error() != told {
-			told = err.Error()
-			s.log.Warn("cannot end everything that is open of callers that are denied now; what they ask next is denied", "error", err,
-				"try", "idle connections of a worker of another user need CAP_SYS_PTRACE")
-		}
-	}
-}
-
-func (s *sidecar) tooOld(from netip.AddrPort) bool {
-	since, ok := s.agent.Since(from)
-	return ok && s.conf.maxAge > 0 && time.Since(since) > s.conf.maxAge
-}
-
-func (s *sidecar) endSessions(ctx context.Context, denied func(netip.AddrPort, bool) bool) error {
-	snap := s.newest.Load()
-	if snap == nil || snap.Inbound.Port == 0 {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	workers := []haproxy.Worker{func(ctx context.Context, c string) (string, error) { return s.proc.Do(ctx, c, nil) }}
-	old, _ := s.proc.OldWorkers(ctx) // an error is that of the next command too
-	for _, pid := range old {
-		workers = append(workers, func(ctx context.Context, c string) (string, error) { return s.proc.DoOld(ctx, pid, c) })
-	}
-	http := snap.Inbound.Protocol.IsHTTP()
-	of := denied
-	if http { // a request that has begun is not cut for the age of its connection
-		of = s.agent.Denied
-	}
-	ended, live, err := haproxy.EndSessions(ctx, workers, of)
-	if http { // a connection between two requests is no session
-		idle, e := s.proc.EndConnections(ctx, snap.Inbound.Port, func(from netip.AddrPort) bool {
-			if live[from] || !denied(from, true) {
-				live[from] = true
-				return false
-			}
-			return true
-		})
-		ended += idle
-		err = errors.Join(err, e)
-	}
-	if err == nil { // only now is all known that lives
-		s.agent.Forget(live)
-	}
-	s.revoked.Add(uint64(ended))
-	if ended > 0 {
-		s.log.Info("ended open sessions of callers that are denied now, or whose connection is too old", "sessions", ended)
-	}
-	return err
 }
 
 // watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the
@@ -516,7 +441,7 @@ func (s *sidecar) own(path string) error {
 	if s.account.User == "" {
 		return nil
 	}
-	return os.Chown(path, s.account.UID, s.account.GID)
+	return os.Lchown(path, s.account.UID, s.account.GID)
 }
 
 func (s *sidecar) listenAuthz() (net.Listener, error) {
@@ -564,7 +489,7 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	}
 	f := s.binary.Version.Features()
 	begun := time.Now()
-	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, LuaBool: f.LuaBool, SPOP: f.SPOP, MaxConn: 100},
+	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, HelloTimeout: f.HelloTimeout, LuaBool: f.LuaBool, SPOP: f.SPOP, MaxConn: 100},
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {
@@ -710,7 +635,7 @@ func (s *sidecar) accessLine(line string) {
 		s.log.Debug("haproxy", "says", line)
 		return
 	}
-	sink := "stdout"
+	sink := "stdout" // nothing that Consul names is written to unless it was looked at
 	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.Inbound.AccessLog.Sink != "" {
 		sink = snap.Inbound.AccessLog.Sink
 	}
@@ -745,7 +670,7 @@ func (a *accessFile) write(path, line string) error {
 		a.f = nil
 	}
 	if a.f == nil {
-		f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o640)
+		f, err := openLog(path)
 		if err != nil {
 			return err
 		}
@@ -763,6 +688,46 @@ func (a *accessFile) moved() bool {
 	}
 	open, err := a.f.Stat()
 	return err != nil || !os.SameFile(now, open)
+}
+
+// openLog opens a file that Consul names. As root it must not be steered, by Consul or by
+// whoever may write to a directory on the way, into what is no log.
+func openLog(path string) (*os.File, error) {
+	if os.Geteuid() == 0 {
+		for _, system := range []string{"/etc/", "/usr/", "/bin/", "/sbin/", "/lib", "/boot/", "/root/", "/proc/", "/sys/"} {
+			if strings.HasPrefix(filepath.Clean(path)+"/", system) {
+				return nil, fmt.Errorf("%s: no place for a log when started by root", path)
+			}
+		}
+		if err := process.Trusted(filepath.Dir(path)); err != nil {
+			return nil, err
+		}
+	}
+	f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o640)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil {
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !info.Mode().IsRegular() || ok && (st.Nlink > 1 || int(st.Uid) != os.Geteuid()) {
+			err = fmt.Errorf("%s: not a file of our own", path)
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// socketPath reports why root must not make a socket at a path that Consul names: whoever
+// may replace a directory on the way could have root change another file.
+func socketPath(path string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	return process.Trusted(filepath.Dir(path))
 }
 
 const lockFile = "lock"
@@ -814,7 +779,7 @@ func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
 // cleanDir removes what we wrote, and the directory if nothing else is in it.
 func (s *sidecar) cleanDir() error {
 	var err error
-	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", lockFile} {
+	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", judgedFile, lockFile} {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))
 	}
 	_ = os.Remove(s.dir) // not empty: somebody else's files

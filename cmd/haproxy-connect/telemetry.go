@@ -56,11 +56,11 @@ func (s *sidecar) telemetry(ctx context.Context) {
 					continue
 				}
 				one.addr, one.told = want[i], ""
-				srv := &http.Server{Handler: one.handler, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+				srv := server(one.handler)
 				one.srv = srv
 				s.log.Info("metrics for others", "key", one.key, "address", "http://"+want[i])
 				go func() {
-					if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+					if err := srv.Serve(limited(ln)); !errors.Is(err, http.ErrServerClosed) {
 						s.log.Warn("metrics for others ended", "error", err)
 					}
 				}()

@@ -25,6 +25,9 @@ type Agent struct {
 	answers map[string]*answer
 	fail    int
 	asked   map[string]int
+	cut     time.Duration
+	token   string
+	header  http.Header
 }
 
 type answer struct {
@@ -71,6 +74,33 @@ func (a *Agent) Fail(status int) {
 	a.wake()
 }
 
+// CutAfter ends every query that has waited for so long without an answer, as a limit on
+// the time of an answer does; 0 lets them wait.
+func (a *Agent) CutAfter(d time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cut = d
+	a.wake()
+}
+
+// Token makes every request with another token fail, until Token("").
+func (a *Agent) Token(t string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.token = t
+	a.wake()
+}
+
+// Header adds one to every answer.
+func (a *Agent) Header(name, value string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.header == nil {
+		a.header = http.Header{}
+	}
+	a.header.Set(name, value)
+}
+
 // Asked counts the requests for a path.
 func (a *Agent) Asked(path string) int {
 	a.mu.Lock()
@@ -91,8 +121,19 @@ func (a *Agent) serve(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	a.asked[path]++
 	deadline := time.After(time.Minute)
+	for name, list := range a.header {
+		w.Header()[name] = list
+	}
+	if a.cut > 0 {
+		deadline = time.After(a.cut)
+	}
 	for {
-		one, fail, changed := a.answers[path], a.fail, a.changed
+		one, fail, changed, cut := a.answers[path], a.fail, a.changed, a.cut
+		if a.token != "" && r.Header.Get("X-Consul-Token") != a.token {
+			a.mu.Unlock()
+			http.Error(w, "ACL not found", http.StatusForbidden)
+			return
+		}
 		if fail != 0 {
 			a.mu.Unlock()
 			http.Error(w, "the test says so", fail)
@@ -118,6 +159,11 @@ func (a *Agent) serve(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-changed:
 		case <-deadline:
+			if cut > 0 {
+				if c, _, err := w.(http.Hijacker).Hijack(); err == nil {
+					c.Close()
+				}
+			}
 			return
 		case <-r.Context().Done():
 			return

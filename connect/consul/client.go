@@ -20,6 +20,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/hashicorp/consul/api"
 )
@@ -37,6 +38,7 @@ type Config struct {
 type Client struct {
 	api  *api.Client
 	addr string
+	wait atomic.Int64 // of blocking queries, as time.Duration; see shorten
 }
 
 // NewClient checks the configuration without connecting. Errors name the flag.
@@ -46,6 +48,9 @@ func NewClient(c Config) (*Client, error) {
 		conf.Address = c.Addr
 	}
 	if err := checkAddr(conf.Address); err != nil {
+		return nil, err
+	}
+	if err := checkEnvironment(); err != nil {
 		return nil, err
 	}
 	if c.Token != "" {
@@ -98,8 +103,14 @@ func NewClient(c Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("Consul client: %w", err)
 	}
-	conf.HttpClient.Transport = withQuery{conf.HttpClient.Transport}
-	return &Client{api: client, addr: conf.Address}, nil
+	out := &Client{api: client, addr: conf.Address}
+	out.wait.Store(int64(waitTime))
+	transport, ok := conf.HttpClient.Transport.(*http.Transport) // the library's own, for unix sockets another one
+	if !ok {
+		return nil, errors.New("Consul client: its transport is of an unknown kind")
+	}
+	conf.HttpClient.Transport = withQuery{newCredentials(conf, transport)}
+	return out, nil
 }
 
 // withQuery adds the query that a context carries, and hands the answer's header back:
@@ -124,6 +135,9 @@ func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 	res, err := w.next.RoundTrip(r)
 	if to, ok := r.Context().Value(headerKey{}).(*http.Header); ok && err == nil {
 		*to = res.Header
+		if res.Request != nil && res.Request.Header.Get("X-Consul-Token") != "" {
+			to.Set("X-Haproxy-Connect-Token", "yes") // ours, for hidden
+		}
 	}
 	return res, err
 }
@@ -171,12 +185,16 @@ var ErrNotRegistered = errors.New("not registered yet")
 // own messages (command/connect/proxy, LookupProxyIDForSidecar). Errors that
 // waiting may cure wrap ErrNotRegistered.
 func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
-	q := (&api.QueryOptions{}).WithContext(ctx)
+	var head http.Header
+	q := (&api.QueryOptions{}).WithContext(context.WithValue(ctx, headerKey{}, &head))
+	none := func(format string, args ...any) error {
+		return fmt.Errorf("%w%s", fmt.Errorf(format+": %w", append(args, ErrNotRegistered)...), hidden(head))
+	}
 	switch {
 	case w.ProxyID != "":
 		s, _, err := c.api.Agent().Service(w.ProxyID, q)
 		if isStatus(err, 404) {
-			return "", fmt.Errorf("No proxy with ID %s registered: %w", w.ProxyID, ErrNotRegistered)
+			return "", none("No proxy with ID %s registered", w.ProxyID)
 		}
 		if err != nil {
 			return "", fmt.Errorf("Failed looking up proxy info for %s: %w", w.ProxyID, err)
@@ -199,7 +217,7 @@ func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
 		slices.Sort(ids)
 		switch len(ids) {
 		case 0:
-			return "", fmt.Errorf("No service with tag %s registered: %w", w.SidecarForTag, ErrNotRegistered)
+			return "", none("No service with tag %s registered", w.SidecarForTag)
 		case 1:
 			return c.Lookup(ctx, Which{SidecarFor: ids[0]})
 		}
@@ -218,13 +236,24 @@ func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
 		slices.Sort(ids)
 		switch len(ids) {
 		case 0:
-			return "", fmt.Errorf("No sidecar proxy registered for %s: %w", w.SidecarFor, ErrNotRegistered)
+			return "", none("No sidecar proxy registered for %s", w.SidecarFor)
 		case 1:
 			return ids[0], nil
 		}
 		return "", fmt.Errorf("More than one sidecar proxy registered for %s.\n    Start proxy with -proxy-id and one of the following IDs: %s", w.SidecarFor, strings.Join(ids, ", "))
 	}
 	return "", errors.New("No proxy ID specified. One of -proxy-id, -sidecar-for or -sidecar-for-tag is required")
+}
+
+// hidden says that a list is empty for the token's sake, which Consul tells in headers.
+func hidden(h http.Header) string {
+	switch {
+	case h.Get("X-Consul-Results-Filtered-By-Acls") == "true":
+		return "; the token may not see what there is: results were hidden by ACLs, and a service identity of the service would show them (-token-file)"
+	case h.Get("X-Consul-Default-Acl-Policy") == "deny" && h.Get("X-Haproxy-Connect-Token") == "":
+		return "; there is no token, and ACLs deny by default: give one with a service identity of the service (-token-file)"
+	}
+	return ""
 }
 
 // Unreachable reports whether an error means that no agent answered at all.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 
+	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
@@ -47,11 +48,32 @@ func (k *keys) get(names ...string) (string, any, bool) {
 		k.asked[n] = true
 	}
 	for _, n := range names {
-		if v, ok := k.m[n]; ok && v != nil {
+		if v := single(k.m[n]); v != nil {
 			return n, v, true
 		}
 	}
 	return "", nil, false
+}
+
+// single unwraps lists of one: a block written in HCL arrives as such a list, and Consul's
+// own decoding takes it for what is in it (lib/decode, HookWeakDecodeFromSlice).
+func single(v any) any {
+	for {
+		switch list := v.(type) {
+		case []any:
+			if len(list) != 1 {
+				return v
+			}
+			v = list[0]
+		case []map[string]any:
+			if len(list) != 1 {
+				return v
+			}
+			return list[0]
+		default:
+			return v
+		}
+	}
 }
 
 func (k *keys) bad(name string, v any, want string) {
@@ -376,10 +398,28 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
 	}
 	in.AccessLog = accessLog(p.AccessLogs, n)
-	for _, e := range p.EnvoyExtensions {
-		n.Add(where, "envoy_extensions", e.Name, "it is Envoy's own and has no meaning for HAProxy")
-	}
+	apart(&in, n)
 	return in
+}
+
+// apart takes away listeners that meet another one of the service: half of the connections
+// would land on either.
+func apart(in *connect.Inbound, n *connect.Notices) {
+	const why = "another listener of the service has this port; this one is left out"
+	public := connect.Listener{Address: in.Address, Port: in.Port}
+	unsecured := connect.Listener{Address: "0.0.0.0", Port: in.UnsecuredPort}
+	if in.UnsecuredPort != 0 && public.Clashes(unsecured) {
+		n.Add("proxy", "unsecured_bind_port", strconv.Itoa(in.UnsecuredPort), why)
+		in.UnsecuredPort = 0
+	}
+	in.Expose = slices.DeleteFunc(in.Expose, func(e connect.ExposePath) bool {
+		l := connect.Listener{Address: in.Address, Port: e.ListenPort}
+		clashes := l.Clashes(public) || in.UnsecuredPort != 0 && l.Clashes(unsecured)
+		if clashes {
+			n.Add("proxy", "expose.paths.listener_port", strconv.Itoa(e.ListenPort), why)
+		}
+		return clashes
+	})
 }
 
 // accessLog reads the settings of proxy-defaults. Envoy's listener logs, which
@@ -436,8 +476,9 @@ func nonZero(d, def time.Duration) time.Duration {
 	return d
 }
 
+// headerName reports whether a text names a header and no option of HAProxy's.
 func headerName(s string) bool {
-	return s != "" && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
+	return s != "" && s[0] != '-' && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-')
 	})
 }
@@ -472,6 +513,10 @@ func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) 
 		}
 		d := declared{query: u.DestinationType == api.UpstreamDestTypePreparedQuery, service: u.DestinationName, dc: u.Datacenter}
 		d.where = "upstream " + u.DestinationName
+		if err := certs.ServiceName(d.service); err != nil && !d.query {
+			n.Add(d.where, "destination_name", u.DestinationName, err.Error()+"; the upstream is left out")
+			continue
+		}
 		if d.service == "" || len(d.service) > 256 || strings.ContainsFunc(d.service, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' || r == '?' || r == '#' || r == '%' }) || strings.Contains(d.service, "..") {
 			n.Add(d.where, "destination_name", u.DestinationName, "not a service's name; the upstream is left out")
 			continue
@@ -584,11 +629,14 @@ func (d *declared) settings(u api.Upstream, n *connect.Notices) {
 			MaxFailures:  h.int(5, 1, 1<<20, "max_failures", "MaxFailures"),
 			BaseEjection: h.duration(30*time.Second, "base_ejection_time", "BaseEjectionTime"),
 		}
-		if pct := h.limit("enforcing_consecutive_5xx", "EnforcingConsecutive5xx"); pct != nil && *pct == 0 {
-			d.up.Passive = nil
+		d.up.Passive.Enforced = h.int(100, 0, 100, "enforcing_consecutive_5xx", "EnforcingConsecutive5xx")
+		if _, _, ok := h.get("max_ejection_percent", "MaxEjectionPercent"); ok {
+			if pct := h.int(-1, 0, 100, "max_ejection_percent", "MaxEjectionPercent"); pct >= 0 {
+				d.up.Passive.MaxEjected = &pct
+			}
 		}
-		if _, v, ok := h.get("max_ejection_percent", "MaxEjectionPercent"); ok {
-			n.Add(d.where, "passive_health_check.max_ejection_percent", fmt.Sprint(v), "HAProxy takes out every endpoint that fails")
+		if d.up.Passive.Enforced == 0 {
+			d.up.Passive = nil
 		}
 		h.rest()
 	}

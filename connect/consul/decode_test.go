@@ -76,7 +76,7 @@ func TestEndpoints(t *testing.T) {
 	list := []*api.ServiceEntry{
 		entry("ok", "10.0.0.1", one, "passing"), entry("warn", "10.0.0.2", api.AgentWeights{Passing: 10, Warning: 3}, "passing", "warning"),
 		entry("crit", "10.0.0.3", one, "passing", "critical"), entry("zero", "10.0.0.4", api.AgentWeights{Passing: 0, Warning: 1}, "passing"),
-		entry("heavy", "10.0.0.5", api.AgentWeights{Passing: 1000, Warning: 1}), entry("node", "", one), entry("name", "some.host", one),
+		entry("heavy", "10.0.0.5", api.AgentWeights{Passing: 1000, Warning: 1}), entry("node", "", one), entry("name", "some.host", one), entry("bad name", "some host", one), entry("bad line", "a\nb", one),
 		entry("twin", "10.0.0.1", one), nil, {},
 	}
 	weights := func(got []connect.Endpoint) map[string]int {
@@ -86,7 +86,7 @@ func TestEndpoints(t *testing.T) {
 		}
 		return out
 	}
-	require.Equal(t, map[string]int{"ok@10.0.0.1": 1, "warn@10.0.0.2": 3, "heavy@10.0.0.5": 128, "node@10.9.9.9": 1}, weights(endpoints(list, false, false)))
+	require.Equal(t, map[string]int{"ok@10.0.0.1": 1, "warn@10.0.0.2": 3, "heavy@10.0.0.5": 128, "node@10.9.9.9": 1, "name@some.host": 1}, weights(endpoints(list, false, false)))
 	require.NotContains(t, weights(endpoints(list, false, true)), "warn@10.0.0.2")
 	require.Contains(t, weights(endpoints(list, true, false)), "node@203.0.113.9")
 }

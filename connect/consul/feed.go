@@ -1,12 +1,18 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net/url"
+	"regexp"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -31,11 +37,12 @@ type cursor struct {
 	index uint64
 	hash  string
 	pause time.Duration // between answers, if more than minPause
+	wait  time.Duration // at most for an answer, if not waitTime
 }
 
 // options asks for what is newer than the cursor.
 func (c *cursor) options(ctx context.Context) *api.QueryOptions {
-	return (&api.QueryOptions{AllowStale: true, WaitIndex: c.index, WaitHash: c.hash, WaitTime: waitTime}).WithContext(ctx)
+	return (&api.QueryOptions{AllowStale: true, WaitIndex: c.index, WaitHash: c.hash, WaitTime: cmp.Or(c.wait, waitTime)}).WithContext(ctx)
 }
 
 // cached is options answered by the agent's cache, which spares the servers.
@@ -76,6 +83,10 @@ type feeds struct {
 	log  *slog.Logger
 	away int       // how many are
 	back time.Time // when the last one ceased to be
+
+	failing int             // watches that fail
+	since   time.Time       // when the first of them began to
+	told    map[string]bool // what was said of them
 }
 
 // settled is since when the agent and its servers have answered every watch: now, while
@@ -113,35 +124,71 @@ func (f *feeds) get(name string) *Feed {
 	return one
 }
 
-// ok logs only the end of a trouble.
+// ok logs only the end of a trouble, once for all watches that had it.
 func (f *feeds) ok(name string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	one := f.get(name)
 	one.Answers++
 	f.setAway(one, false)
-	if one.Err != "" {
-		one.Err = ""
-		f.log.Info("Consul answers again", "watch", name, "after", time.Since(one.Since).Round(time.Millisecond))
-		one.Since = time.Now()
+	if one.Err == "" {
+		return
+	}
+	one.Err = ""
+	f.recovered()
+	if f.failing > 0 {
+		f.log.Debug("Consul answers a watch again", "watch", name, "after", time.Since(one.Since).Round(time.Millisecond))
+	}
+	one.Since = time.Now()
+}
+
+// recovered counts a failing watch out.
+func (f *feeds) recovered() {
+	if f.failing--; f.failing == 0 {
+		f.log.Info("Consul answers again", "after", time.Since(f.since).Round(time.Millisecond))
+		clear(f.told)
 	}
 }
 
-// failed logs the first of a row of the same errors, with what to try.
+// failed logs each kind of error once until no watch fails any more, with what to try:
+// an agent that is away is one trouble, however many watches meet it.
 func (f *feeds) failed(name string, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	one := f.get(name)
 	one.Errors++
 	f.setAway(one, !refused(err))
-	text := err.Error()
+	text := trouble(err)
 	if one.Err == "" {
 		one.Since = time.Now()
+		if f.failing++; f.failing == 1 {
+			f.since = one.Since
+		}
+	}
+	level := slog.LevelDebug
+	if f.told == nil {
+		f.told = map[string]bool{}
+	}
+	if !f.told[text] && len(f.told) < 100 {
+		f.told[text] = true
+		level = slog.LevelWarn
 	}
 	if one.Err != text {
-		f.log.Warn("cannot read from Consul; the last answer stays in force", "watch", name, "error", text, "try", hint(err))
+		f.log.Log(context.Background(), level, "cannot read from Consul; the last answer stays in force", "watch", name, "error", text, "try", hint(err))
 	}
 	one.Err = text
+}
+
+// sourcePort is of our own end of a connection, which is another one each time.
+var sourcePort = regexp.MustCompile(`(?:read|write) (tcp|unix) [^ ]+->`)
+
+// trouble is an error without the question that met it, which differs from watch to watch.
+func trouble(err error) string {
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err
+	}
+	return sourcePort.ReplaceAllString(err.Error(), "$1 ")
 }
 
 func (f *feeds) drop(name string) {
@@ -149,6 +196,9 @@ func (f *feeds) drop(name string) {
 	defer f.mu.Unlock()
 	if one := f.all[name]; one != nil {
 		f.setAway(one, false)
+		if one.Err != "" {
+			f.recovered()
+		}
 		delete(f.all, name)
 	}
 }
@@ -163,15 +213,47 @@ func (f *feeds) list() []Feed {
 	return out
 }
 
-// refused reports an answer of an agent that is well: 4xx.
+// refused reports a trouble of an agent that is well: it answers 4xx, or what is wrong is
+// not Consul's.
 func refused(err error) bool {
 	var s api.StatusError
-	return errors.As(err, &s) && s.Code/100 == 4
+	var name nameError
+	var lookup lookupError
+	return errors.As(err, &s) && s.Code/100 == 4 || errors.As(err, &name) || errors.As(err, &lookup)
 }
+
+// cut reports whether a blocking query was ended from outside, by whoever limits how long
+// an answer may take: Consul 1.22 after 30 s, a load balancer. An agent that has gone ends
+// it in the same way, and refuses the next one.
+func cut(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
+		isStatus(err, 502) || isStatus(err, 504) || strings.Contains(err.Error(), "server closed") || strings.Contains(err.Error(), "GOAWAY")
+}
+
+// shorten makes blocking queries shorter than one that was cut after so long.
+func (c *Client) shorten(after time.Duration) {
+	next := max(min(after, time.Duration(c.wait.Load()))*3/4, shortest)
+	for {
+		have := c.wait.Load()
+		if int64(next) >= have || c.wait.CompareAndSwap(have, int64(next)) {
+			return
+		}
+	}
+}
+
+const shortest = time.Second // wait of a blocking query
 
 // hint names the next thing to try.
 func hint(err error) string {
+	var name nameError
+	var lookup lookupError
 	switch {
+	case errors.As(err, &name):
+		return "register the service under another name"
+	case errors.As(err, &lookup):
+		return "does this machine's name server know it? Else register the instance with an address"
+	case isStatus(err, 403) && strings.Contains(err.Error(), "ACL not found"):
+		return "the token does not exist, or not any more: give another (-token-file, which is read again when it changes)"
 	case isStatus(err, 429):
 		return "the agent limits requests: raise limits.http_max_conns_per_client (default 200 for all sidecars of this host)"
 	case isStatus(err, 403):
@@ -196,9 +278,15 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 	backoff := minBackoff
 	burst, last := 2, time.Now()
 	for {
+		cur.wait = time.Duration(w.client.wait.Load())
+		asked := time.Now()
 		apply, err := w.once(ctx, &cur, f)
 		if ctx.Err() != nil {
 			return
+		}
+		if took := time.Since(asked); err != nil && cur != (cursor{pause: cur.pause, wait: cur.wait}) && took >= shortest && cut(err) {
+			w.client.shorten(took)
+			continue // where it was, at once
 		}
 		if err != nil {
 			w.feeds.failed(name, err)

@@ -13,6 +13,8 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-sockaddr/template"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
 // Registration is a sidecar that registers itself.
@@ -118,6 +120,9 @@ func meaning(given, got string) string {
 func (r Registration) Validate() error {
 	if r.Service == "" {
 		return errors.New("-register needs -service NAME")
+	}
+	if err := certs.ServiceName(r.Service); err != nil {
+		return fmt.Errorf("-service %q: %w", r.Service, err)
 	}
 	if r.Port < 0 || r.Port > 65535 {
 		return fmt.Errorf("-port %d: want 1 to 65535", r.Port)

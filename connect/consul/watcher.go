@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"net/url"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -73,6 +75,7 @@ type state struct {
 	heard     struct{ intentions, defaults, mesh, providers bool }
 	allow     bool // default policy
 	answers   map[string]*resolved
+	hosts     map[string]*host // by name
 	policy    *intentions.Policy
 	policyFor intentions.Config
 
@@ -80,7 +83,9 @@ type state struct {
 
 	providers       []*intentions.Provider
 	providerNotices connect.Notices
-	dirty           bool
+
+	extensionNotices connect.Notices
+	dirty            bool
 }
 
 // resolved is what is known of one destination.
@@ -126,7 +131,7 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 	ctx, cancel := context.WithCancel(ctx)
 	defer w.wg.Wait()
 	defer cancel()
-	st := &state{tlsMode: map[string]api.MutualTLSMode{}, answers: map[string]*resolved{}}
+	st := &state{tlsMode: map[string]api.MutualTLSMode{}, answers: map[string]*resolved{}, hosts: map[string]*host{}}
 	w.start(ctx, "registration", w.fetchService(ctx))
 	w.start(ctx, "roots", w.fetchRoots)
 	w.start(ctx, "mesh", w.fetchMesh)
@@ -171,6 +176,12 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 				defer w.wg.Done()
 				w.poll(ictx, "default policy", 30*time.Second, w.fetchDefault(name))
 			}()
+			w.wg.Add(1)
+			go func() {
+				defer w.wg.Done()
+				defer w.feeds.drop("extensions")
+				w.poll(ictx, "extensions", extensionsEvery, w.fetchExtensions(name))
+			}()
 		}
 		if !providersStarted && slices.ContainsFunc(st.matched, requiresToken) {
 			providersStarted = true
@@ -186,6 +197,7 @@ func (w *Watcher) Run(ctx context.Context, publish func(*connect.Snapshot)) erro
 			st.moved = false
 		}
 		if st.dirty {
+			w.syncHosts(ctx, st)
 			if snap := st.snapshot(); snap != nil {
 				if !over && !st.resolved() {
 					if grace == nil {
@@ -219,6 +231,9 @@ func (w *Watcher) fetchService(run context.Context) fetch {
 		if s.Kind != api.ServiceKindConnectProxy || s.Proxy == nil {
 			return nil, fmt.Errorf("service %q is of kind %q, not a Connect proxy", w.proxyID, s.Kind)
 		}
+		if err := certs.ServiceName(s.Proxy.DestinationServiceName); err != nil {
+			return nil, nameError{err}
+		}
 		c.advance(meta)
 		c.index = 0 // this endpoint blocks on the hash alone
 		return func(st *state) {
@@ -236,6 +251,9 @@ func (w *Watcher) fetchService(run context.Context) fetch {
 		}, nil
 	}
 }
+
+// nameError is of a service that no certificate can be issued for.
+type nameError struct{ error }
 
 func (w *Watcher) fetchRoots(ctx context.Context, c *cursor) (func(*state), error) {
 	list, meta, err := w.client.api.Agent().ConnectCARoots(c.options(ctx))
@@ -725,18 +743,22 @@ func endpoints(list []*api.ServiceEntry, wan, onlyPassing bool) []connect.Endpoi
 				host = a
 			}
 		}
-		ip, err := netip.ParseAddr(host)
-		if err != nil || ip.Zone() != "" || !port(p) {
-			continue // host names are for gateways; a sidecar has an address
+		if ip, err := netip.ParseAddr(host); err == nil && ip.Zone() == "" {
+			host = ip.Unmap().String()
+		} else if !hostName(host) {
+			continue
 		}
-		addr := netip.AddrPortFrom(ip.Unmap(), uint16(p)).String()
+		if !port(p) {
+			continue
+		}
+		addr := net.JoinHostPort(host, strconv.Itoa(p))
 		if taken[addr] {
 			continue
 		}
 		taken[addr] = true
 		out = append(out, connect.Endpoint{
-			Name: connect.SafeName(e.Node.Node+"."+e.Service.ID) + "." + connect.Digest(addr),
-			Node: e.Node.Node, ID: e.Service.ID, Address: ip.Unmap().String(), Port: p, Weight: min(weight, 128),
+			Name: endpointName(e.Node.Node, e.Service.ID, addr),
+			Node: e.Node.Node, ID: e.Service.ID, Address: host, Port: p, Weight: min(weight, 128),
 		})
 	}
 	slices.SortFunc(out, func(a, b connect.Endpoint) int { return strings.Compare(a.Name, b.Name) })
@@ -768,7 +790,7 @@ func (st *state) snapshot() *connect.Snapshot {
 		return nil // a new cluster: the other half is on its way
 	}
 	snap := &connect.Snapshot{Proxy: st.proxy, Inbound: st.inbound, Leaf: st.leaf, Roots: st.roots}
-	notices := append(slices.Clone(st.notices), st.providerNotices...)
+	notices := slices.Concat(st.notices, st.providerNotices, st.extensionNotices)
 	snap.Inbound.Normalize, snap.Inbound.SanitizeXFCC = st.mesh.decode(&notices)
 	if st.permissive() {
 		snap.Inbound.PermissivePort = st.service.Proxy.LocalServicePort
@@ -780,6 +802,7 @@ func (st *state) snapshot() *connect.Snapshot {
 		notices = append(notices, r.notices...)
 		if m.turn != r.turn || m.domain != st.roots.TrustDomain {
 			u := d.upstream(r, st.roots.TrustDomain)
+			u.Target.Endpoints = st.addressed(u.Target.Endpoints)
 			if m.up == nil || !reflect.DeepEqual(*m.up, u) {
 				m.up = &u
 			}
@@ -788,6 +811,7 @@ func (st *state) snapshot() *connect.Snapshot {
 		snap.Upstreams = append(snap.Upstreams, m.up)
 	}
 	conf := intentions.Config{Destination: st.proxy.Service, TrustDomain: st.proxy.TrustDomain,
+		ServerName: st.proxy.SPIFFEID().SNI(""), Community: st.proxy.Namespace == "" && st.proxy.Partition == "",
 		HTTP: st.inbound.Protocol.IsHTTP(), DefaultAllow: st.allow, Intentions: st.matched, Providers: st.providers}
 	if st.policy == nil || !reflect.DeepEqual(conf, st.policyFor) {
 		st.policy, st.policyFor = intentions.NewPolicy(conf), conf

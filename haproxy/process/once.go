@@ -16,7 +16,7 @@ func (b *Binary) Once(ctx context.Context, dir, file string) (stop func(), err e
 	var said ring
 	cmd := exec.Command(b.Path, "-db", "-f", file)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	cmd.Stderr = &said
+	cmd.Stderr, cmd.Env = &said, environment()
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}

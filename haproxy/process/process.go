@@ -59,6 +59,7 @@ type Process struct {
 	mu     sync.Mutex
 	master int // pid, 0 while there is none
 	said   map[string]time.Time
+	lost   []int // processes that no command reaches any more
 	alerts ring
 	up     atomic.Bool
 
@@ -80,32 +81,6 @@ func (p *Process) masterSocket() string { return p.conf.Dir + "/sock/master" }
 // which one that is.
 func (p *Process) Do(ctx context.Context, command string, payload []byte) (string, error) {
 	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@1 "+command, payload)
-}
-
-// OldWorkers are the pids of replaced workers that still have sessions, from the
-// master's own table (`show proc`).
-func (p *Process) OldWorkers(ctx context.Context) ([]string, error) {
-	out, err := runtimeapi.Socket(p.masterSocket()).Do(ctx, "show proc", nil)
-	if err != nil {
-		return nil, err
-	}
-	var pids []string
-	old := false
-	for line := range strings.Lines(out) {
-		if strings.HasPrefix(line, "#") {
-			old = strings.HasPrefix(line, "# old workers")
-			continue
-		}
-		if f := strings.Fields(line); old && len(f) > 1 && f[1] == "worker" {
-			pids = append(pids, f[0])
-		}
-	}
-	return pids, nil
-}
-
-// DoOld runs one command on a replaced worker.
-func (p *Process) DoOld(ctx context.Context, pid, command string) (string, error) {
-	return runtimeapi.Socket(p.masterSocket()).Do(ctx, "@!"+pid+" "+command, nil)
 }
 
 // Up reports whether a worker serves.
@@ -253,6 +228,7 @@ func (p *Process) takeOver(ctx context.Context) (*child, error) {
 	}
 	defer p.inherits.Store(false)
 	old := running(p.conf.File)
+	p.keepReach(old)
 	c, err := p.spawn(ctx, "-x", p.statsSocket())
 	if err != nil {
 		p.conf.Log.Warn("cannot take over from the predecessor's HAProxy; ending it first", "error", err)
@@ -270,6 +246,7 @@ func (p *Process) takeOver(ctx context.Context) (*child, error) {
 // listeners share the ports for a moment; the new one's sockets replace those by name.
 func (p *Process) beside(ctx context.Context) (*child, error) {
 	old := running(p.conf.File)
+	p.keepReach(old)
 	c, err := p.spawn(ctx)
 	if err != nil {
 		return nil, err
@@ -310,7 +287,7 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 	}
 	cmd := exec.Command(p.conf.Binary.Path, append([]string{"-W", "-S", p.masterSocket() + ",mode,600", "-f", p.conf.File}, args...)...)
 	cmd.Stdout, cmd.Stderr = outW, errW
-	cmd.Dir = p.conf.Dir
+	cmd.Dir, cmd.Env = p.conf.Dir, environment()
 	// Its own group: a terminal's Ctrl-C is ours to translate.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	err = cmd.Start()
@@ -655,7 +632,9 @@ func EndOrphans(file string, log *slog.Logger) int {
 	return len(found)
 }
 
-// running lists processes whose command line has this configuration file.
+// running lists processes whose command line has this configuration file, and for which
+// it is this file: in a mount namespace of its own, as a container has it, the same path
+// is another file, and the process another sidecar's.
 func running(file string) []int {
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {
@@ -674,10 +653,31 @@ func running(file string) []int {
 		part := bytes.Split(args, []byte{0})
 		for i := 1; i < len(part); i++ {
 			if string(part[i]) == file && string(part[i-1]) == "-f" && !bytes.Contains(args, []byte("\x00-c\x00")) {
-				out = append(out, pid)
+				if sameFiles(d.Name()) {
+					out = append(out, pid)
+				}
 				break
 			}
 		}
 	}
 	return out
+}
+
+// sameFiles reports whether a process sees the files that we see. The mount namespace of
+// a worker of another account may be hidden from us; then its control group tells, which
+// everybody may read and which is another one in another container.
+func sameFiles(pid string) bool {
+	ours, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return true // a kernel without namespaces
+	}
+	if theirs, err := os.Readlink("/proc/" + pid + "/ns/mnt"); err == nil {
+		return theirs == ours
+	}
+	own, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return true
+	}
+	other, err := os.ReadFile("/proc/" + pid + "/cgroup")
+	return err == nil && bytes.Equal(own, other)
 }

@@ -1,7 +1,6 @@
 package process
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,21 +16,25 @@ import (
 // stream; one that is idle between two requests has none. The kernel lends us the
 // worker's descriptors (pidfd_getfd, Linux 5.6) as we are its parent: not being root
 // that needs nothing, being root CAP_SYS_PTRACE, as the worker has another user.
-func (p *Process) EndConnections(ctx context.Context, port int, drop func(from netip.AddrPort) bool) (ended int, err error) {
-	pids, _ := p.OldWorkers(ctx) // an error is that of the next command too
-	now, err := p.worker(ctx)
-	if err != nil {
-		return 0, err
-	}
-	for _, pid := range append(pids, strconv.Itoa(now)) {
-		n, e := endConnections(pid, port, drop)
+// Without the permission the error is ErrNotPermitted.
+func EndConnections(workers []Worker, port int, drop func(from netip.AddrPort) bool) (ended int, err error) {
+	for _, w := range workers {
+		n, e := endConnections(strconv.Itoa(w.PID), port, drop)
 		ended += n
-		if e != nil && !errors.Is(e, unix.ESRCH) && !errors.Is(e, os.ErrNotExist) {
-			err = fmt.Errorf("idle connections of worker %s: %w", pid, e)
+		switch {
+		case e == nil, errors.Is(e, unix.ESRCH), errors.Is(e, os.ErrNotExist):
+		case errors.Is(e, os.ErrPermission):
+			err = errors.Join(err, fmt.Errorf("idle connections of worker %d: %w", w.PID, ErrNotPermitted))
+		default:
+			err = errors.Join(err, fmt.Errorf("idle connections of worker %d: %w", w.PID, e))
 		}
 	}
 	return ended, err
 }
+
+// ErrNotPermitted: the kernel does not let us at a worker's connections, and will not
+// when it is asked again.
+var ErrNotPermitted = errors.New("not permitted")
 
 func endConnections(pid string, port int, drop func(netip.AddrPort) bool) (ended int, err error) {
 	n, err := strconv.Atoi(pid)

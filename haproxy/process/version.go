@@ -13,9 +13,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -41,6 +43,7 @@ func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Min
 type Features struct {
 	SyncReload    bool // 3.0: `reload` on the master socket answers when it is done
 	WaitRemovable bool // 3.0: `wait ... srv-removable`
+	HelloTimeout  bool // 3.0: timeout client-hs bounds the handshake of a caller
 	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
 	SPOP          bool // 3.1: mode spop
 	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
@@ -51,6 +54,7 @@ func (v Version) Features() Features {
 	return Features{
 		SyncReload:    !v.Less(3, 0, 0),
 		WaitRemovable: !v.Less(3, 0, 0),
+		HelloTimeout:  !v.Less(3, 0, 0),
 		LuaBool:       !v.Less(3, 1, 0),
 		SPOP:          !v.Less(3, 1, 0),
 		CACommit:      !v.Less(3, 2, 8),
@@ -63,7 +67,7 @@ func (f Features) Names() []string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.HelloTimeout, "hello-timeout"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
 		if x.on {
 			out = append(out, x.name)
 		}
@@ -78,6 +82,7 @@ func (v Version) Bugs() (out []string) {
 		out = append(out, "this version cannot change roots while it runs: each rotation of the CA is a reload (haproxy/haproxy#3165)")
 	}
 	if v.Less(3, 0, 0) {
+		out = append(out, "2.6 gives a caller that sends nothing 5 minutes (tcp: an hour) for its handshake: as many of them as half of -max-conn keep others out")
 		out = append(out, "2.6 crashed in our tests after hundreds of changes of the leaf under load; it is started again within half a second")
 	}
 	return out
@@ -97,13 +102,15 @@ func Find(ctx context.Context, path string) (*Binary, error) {
 	if path == "" {
 		path = "haproxy"
 	}
-	full, err := exec.LookPath(path)
+	full, err := lookPath(path)
 	if err != nil {
 		return nil, fmt.Errorf("-haproxy %q: not found or not executable; install HAProxy 2.6 or later, or give its path", path)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, full, "-vv").CombinedOutput()
+	cmd := exec.CommandContext(ctx, full, "-vv")
+	cmd.Env = environment()
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return nil, fmt.Errorf("-haproxy %q: -vv fails: %w", full, err)
 	}
@@ -127,12 +134,40 @@ func Find(ctx context.Context, path string) (*Binary, error) {
 	return b, nil
 }
 
+// lookPath also looks where Debian puts HAProxy, which is not on the PATH of an ordinary
+// user.
+func lookPath(name string) (string, error) {
+	full, err := exec.LookPath(name)
+	if err != nil && !strings.Contains(name, "/") {
+		for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
+			if full, err := exec.LookPath(dir + "/" + name); err == nil {
+				return full, nil
+			}
+		}
+	}
+	return full, err
+}
+
+// environment is what HAProxy gets of ours: it shows its environment to whoever reaches
+// its sockets, and ours may hold the ACL token.
+func environment() []string {
+	var out []string
+	for _, name := range []string{"PATH", "HOME", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OPENSSL_CONF", "OPENSSL_MODULES"} {
+		if v, ok := os.LookupEnv(name); ok {
+			out = append(out, name+"="+v)
+		}
+	}
+	return out
+}
+
 // Check asks the binary whether it takes a configuration. The error holds the
 // lines that say why not.
 func (b *Binary) Check(ctx context.Context, file string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, b.Path, "-c", "-f", file).CombinedOutput()
+	cmd := exec.CommandContext(ctx, b.Path, "-c", "-f", file)
+	cmd.Env = environment()
+	out, err := cmd.CombinedOutput()
 	if err == nil {
 		return nil
 	}

@@ -19,9 +19,10 @@ type accessFormat struct {
 // AccessMark precedes every line of the access log, to tell it from what HAProxy says.
 const AccessMark = "access "
 
-// defaultFields are those of Envoy under Consul (proxy-defaults, access_logs), in
-// alphabetical order as Envoy writes them, then ours.
+// defaultFields are ours, which a line that is cut must not lose, then those of Envoy
+// under Consul (proxy-defaults, access_logs) in alphabetical order, as Envoy writes them.
 var defaultFields = [][2]string{
+	{"listener", "%LISTENER%"}, {"source", "%DOWNSTREAM_PEER_URI_SAN%"}, {"verdict", "%VERDICT%"}, {"rule", "%RULE%"}, {"reason", "%REASON%"},
 	{"authority", "%REQ(:AUTHORITY)%"}, {"bytes_received", "%BYTES_RECEIVED%"}, {"bytes_sent", "%BYTES_SENT%"},
 	{"connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"}, {"downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"},
 	{"downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"}, {"duration", "%DURATION%"}, {"method", "%REQ(:METHOD)%"},
@@ -31,7 +32,6 @@ var defaultFields = [][2]string{
 	{"upstream_cluster", "%UPSTREAM_CLUSTER%"}, {"upstream_host", "%UPSTREAM_HOST%"}, {"upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"},
 	{"upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"}, {"upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"},
 	{"user_agent", "%REQ(USER-AGENT)%"}, {"x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"},
-	{"listener", "%LISTENER%"}, {"source", "%DOWNSTREAM_PEER_URI_SAN%"}, {"verdict", "%VERDICT%"}, {"rule", "%RULE%"}, {"reason", "%REASON%"},
 }
 
 var operator = regexp.MustCompile(`%([A-Z_]+)(?:\(([^)%]*)\))?(?::\d+)?%`)
@@ -159,7 +159,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 	}
 	switch name {
 	case "START_TIME":
-		return "%[var(" + t.remember("start", "date()") + "),utime(%Y-%m-%dT%H:%M:%S)]Z", false
+		return "%[var(" + t.remember("start", "date()", true) + "),utime(%Y-%m-%dT%H:%M:%S)]Z", false
 	case "BYTES_RECEIVED":
 		return "%U", true
 	case "BYTES_SENT":
@@ -186,7 +186,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 	case "LISTENER":
 		return "%f", false
 	case "REQUESTED_SERVER_NAME":
-		return sample("ssl_fc_sni"), false
+		return sample("var(" + t.remember("sni", "ssl_fc_sni", inJSON) + ")"), false
 	case "DOWNSTREAM_PEER_URI_SAN":
 		return sample("var(sess.hc.source)"), false
 	case "VERDICT", "RULE", "REASON":
@@ -208,10 +208,10 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 			case h == ":path":
 				return sample("capture.req.uri"), false
 			case h == ":authority":
-				return sample("var(" + t.remember("h_host", "req.hdr(host)") + ")"), false
+				return sample("var(" + t.remember("h_host", "req.hdr(host)", inJSON) + ")"), false
 			case strings.HasPrefix(h, ":") || strings.HasPrefix(h, "x-envoy-"):
 			case plainHeader.MatchString(h):
-				return sample("var(" + t.remember("h_"+strings.ReplaceAll(h, "-", "_"), "req.hdr("+h+")") + ")"), false
+				return sample("var(" + t.remember("h_"+strings.ReplaceAll(h, "-", "_"), "req.hdr("+h+")", inJSON) + ")"), false
 			}
 		}
 	case "RESP":
@@ -219,7 +219,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 		case h == "x-envoy-upstream-service-time":
 			return "%Tr", true
 		case plainHeader.MatchString(h):
-			return sample("var(" + t.remember("r_"+strings.ReplaceAll(h, "-", "_"), "res.hdr("+h+")") + ")"), false
+			return sample("var(" + t.remember("r_"+strings.ReplaceAll(h, "-", "_"), "res.hdr("+h+")", inJSON) + ")"), false
 		}
 	}
 	return "", false
@@ -227,8 +227,20 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 
 var plainHeader = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
 
-// remember keeps a sample in a variable until the line is written.
-func (t *translation) remember(name, sample string) string {
+// longestField bounds, in bytes, what a caller can write into one field of a line: a line
+// that HAProxy cuts is no JSON any more.
+const longestField = 256
+
+// remember keeps a sample in a variable until the line is written: as much of it as has a
+// place in a line and, unless JSON quotes it, without what a terminal would obey.
+func (t *translation) remember(name, sample string, inJSON bool) string {
+	if name != "start" {
+		sample += fmt.Sprintf(",bytes(0,%d)", longestField)
+	}
+	if !inJSON {
+		name += "_text"
+		sample += ",regsub([[:cntrl:]],?,g)"
+	}
 	scope, rule := "sess.al_", "tcp-request session set-var(sess.al_%s) %s"
 	if t.http {
 		scope, rule = "txn.al_", "http-request set-var(txn.al_%s) %s"

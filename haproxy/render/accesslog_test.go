@@ -33,7 +33,7 @@ func FuzzAccessFormat(f *testing.F) {
 	f.Add(`%REQ(X-A?:PATH)% %RESP(b)% "\`)
 	f.Add(`{"a":"%START_TIME%","b":[1,{"c":"%REQ(USER-AGENT)% x"}]}`)
 	quoted := regexp.MustCompile(`^(?:[^"\\]|\\.)*$`)
-	rule := regexp.MustCompile(`^(tcp-request session|http-request|http-response) set-var\((sess|txn)\.al_[a-z0-9_]+\) (date\(\)|(req|res)\.hdr\([a-z0-9-]+\))$`)
+	rule := regexp.MustCompile(`^(tcp-request session|http-request|http-response) set-var\((sess|txn)\.al_[a-z0-9_]+\) (date\(\)|(ssl_fc_sni|(req|res)\.hdr\([a-z0-9-]+\)),bytes\(0,256\)(,regsub\(\[\[:cntrl:\]\],\?,g\))?)$`)
 	f.Fuzz(func(t *testing.T, s string) {
 		logs := []connect.AccessLog{{Text: s}}
 		if json.Valid([]byte(s)) {

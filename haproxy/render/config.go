@@ -18,6 +18,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -65,8 +66,9 @@ type Options struct {
 
 	access connect.AccessLog // of the snapshot
 
-	LuaBool bool // the version wants tune.lua.bool-sample-conversion (3.1+)
-	SPOP    bool // the version has mode spop (3.1+), and keeps connections to the agent only in it
+	HelloTimeout bool // the version has timeout client-hs (3.0+)
+	LuaBool      bool // the version wants tune.lua.bool-sample-conversion (3.1+)
+	SPOP         bool // the version has mode spop (3.1+), and keeps connections to the agent only in it
 }
 
 // Config is what HAProxy should run. Treat as read-only.
@@ -91,8 +93,11 @@ type Section struct {
 	Head    string // ends in a newline
 	Name    string // "backend redis.default.dc1"
 	Servers []Server
-	class   string // of the slots its servers use
-	text    string // as in the file
+	// Upstream names the upstream that the section is of; "" for every other section.
+	Upstream string
+	Passive  *connect.PassiveHealth // of a backend: ejection of endpoints that fail; nil for none
+	class    string                 // of the slots its servers use
+	text     string                 // as in the file
 }
 
 func (s *Section) assemble() string {
@@ -115,7 +120,7 @@ type Server struct {
 	Address string // as HAProxy takes it
 	Weight  int
 	Options string // the rest, without weight
-	Check   bool   // needs `enable health` once added
+	MaxConn int    // of the server, 0 for no limit; changes at run time as the weight does
 	Slot    Slot
 }
 
@@ -127,7 +132,19 @@ type Slot struct {
 
 // Line is the server as in the file.
 func (s Server) Line() string {
-	return fmt.Sprintf("server %s %s weight %d%s", s.Name, s.Address, s.Weight, s.Options)
+	return fmt.Sprintf("server %s %s weight %d%s", s.Name, s.Address, s.Weight, s.settings())
+}
+
+func (s *Server) settings() string {
+	if s.MaxConn > 0 {
+		return s.Options + " maxconn " + strconv.Itoa(s.MaxConn)
+	}
+	return s.Options
+}
+
+// Added is the server as the runtime API's "add server" takes it, without its backend.
+func (s *Server) Added() string {
+	return fmt.Sprintf("%s %s weight %d%s", s.Name, s.Address, s.Weight, s.settings())
 }
 
 const firstLine = "# Written by haproxy-connect from what Consul says; changes here are lost.\n"
@@ -156,6 +173,18 @@ func slotID(n int) int { return 1000 + n }
 // Key is a slot's key in the map of its class.
 func (s Slot) Key() string { return fmt.Sprint(slotID(s.ID)) }
 
+// UpstreamAt names the upstream whose section has a line of the file, counted from 1; ""
+// if that line is of no upstream.
+func (c *Config) UpstreamAt(line int) string {
+	at := strings.Count(firstLine, "\n")
+	for _, s := range c.Sections {
+		if at += strings.Count(s.text, "\n"); line <= at {
+			return s.Upstream
+		}
+	}
+	return ""
+}
+
 // Find returns a section by name, or nil.
 func (c *Config) Find(name string) *Section {
 	for _, s := range c.Sections {
@@ -183,6 +212,12 @@ const (
 	MasterSocket = "sock/master" // made by the process, not by the configuration
 	slotDir      = "sock/"
 )
+
+// Inbound reports whether a session of this frontend and backend is of a caller of the
+// mesh: at the public listener, or on its way there through the permissive one.
+func Inbound(frontend, backend string) bool {
+	return frontend == "public" || frontend == "permissive" && backend == "permissive_tls"
+}
 
 // SlotMapFile is the path of a class's map.
 func SlotMapFile(class string) string { return "maps/" + class + ".map" }

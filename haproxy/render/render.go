@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -70,11 +71,14 @@ func New(o Options) (*Renderer, error) {
 
 // Refused is an upstream that cannot be rendered: it is left out, the others stay.
 type Refused struct {
-	Upstream string
+	Upstream string // "" when it is the service's own side
 	Err      error
 }
 
 func (r *Refused) Error() string {
+	if r.Upstream == "" {
+		return fmt.Sprintf("a part of the registration is left out: %v", r.Err)
+	}
 	return fmt.Sprintf("upstream %.80q is left out: %v", r.Upstream, r.Err)
 }
 func (r *Refused) Unwrap() error { return r.Err }
@@ -117,18 +121,20 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	if s.Inbound.Port != 0 {
 		c.Files[SPOEFile] = o.spoe(&s.Inbound)
 		add(o.authz(), "the agent that knows the intentions", nil)
-		b, e := o.public(s)
+		limits := o.share(len(s.Upstreams))
+		ours := ourHeaders(&s.Inbound, s.Policy)
+		b, e := o.public(s, limits)
 		add(b, "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions", e)
-		for _, b := range o.permissive(&s.Inbound) {
+		for _, b := range o.permissive(&s.Inbound, limits) {
 			add(b, "WARNING: permissive mutual TLS, plain connections are let in without intentions", nil)
 		}
 		if s.Inbound.UnsecuredPort != 0 {
-			add(o.unsecured(&s.Inbound), "WARNING: unsecured_bind_port, no TLS and no intentions", nil)
+			add(o.unsecured(&s.Inbound, ours, limits), "WARNING: unsecured_bind_port, no TLS and no intentions", nil)
 		}
 		b, e = o.local(&s.Inbound)
 		add(b, "the application", e)
 		for _, group := range exposeGroups(s.Inbound.Expose) {
-			list, e := o.expose(&s.Inbound, group)
+			list, e := o.expose(&s.Inbound, group, ours, limits)
 			if e != nil {
 				wrong = multierror.Append(wrong, e)
 			}
@@ -284,6 +290,10 @@ func (o *Options) connections(slots map[string]*SlotTable, upstreams int) int {
 	return max(50, min(o.MaxConn, (o.Files-taken)/5))
 }
 
+// share is what the inbound listeners divide: the connections that there may be beside
+// the fewest sockets. It does not follow the sockets, whose number changes more often.
+func (o *Options) share(upstreams int) int { return o.connections(nil, upstreams) }
+
 // maxOldWorkers caps replaced workers that still have sessions: each keeps its whole
 // memory. The oldest is ended when there would be more.
 const maxOldWorkers = 20
@@ -310,7 +320,7 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
 	g.add("mworker-max-reloads %d", maxOldWorkers)
 	g.add("stats timeout 1m")
-	g.add("log stdout len 4096 format raw local0 info")
+	g.add("log stdout len 8192 format raw local0 info")
 	g.add("hard-stop-after %s", ms(o.HardStopAfter))
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
@@ -337,11 +347,9 @@ func (o *Options) defaults() *builder {
 		add("option redispatch 1").
 		add("timeout http-request 30s").
 		add("timeout connect 5s").
-		add("timeout client 1h").
-		add("timeout client-fin 30s").
+		add("timeout client 1h"). // also of one who has said all it has to say and waits for the answer
 		add("timeout queue 5s").
 		add("timeout server 1h").
-		add("timeout server-fin 30s").
 		add("timeout tunnel 1h").
 		add("timeout http-keep-alive 5m").
 		add("retries 3")
@@ -388,7 +396,7 @@ func forwardsCert(in *connect.Inbound) bool {
 func (o *Options) spoe(in *connect.Inbound) string {
 	chain := ""
 	if forwardsCert(in) {
-		chain = " " + spoe.ArgChain + "=ssl_c_chain_der"
+		chain = " " + spoe.ArgChain + "=var(txn.chain)"
 	}
 	return `# What HAProxy asks the authorization agent.
 [hc]
@@ -402,7 +410,8 @@ spoe-agent hc
     use-backend authz
 
 spoe-message ` + spoe.MessageConnection + `
-    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port` + chain + `
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port ` + spoe.ArgDestination + `=dst ` + spoe.ArgDestinationPort + `=dst_port ` +
+		spoe.ArgServerName + `=ssl_fc_sni` + chain + `
 
 spoe-message ` + spoe.MessageRequest + `
     args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgQuery + `=query ` + spoe.ArgHeaders + `=req.hdrs_bin
@@ -418,7 +427,7 @@ spoe-group ` + spoe.MessageRequest + `
 const sess, txn = "sess.hc.", "txn.hc."
 
 // public is the listener that the mesh calls.
-func (o *Options) public(s *connect.Snapshot) (*builder, error) {
+func (o *Options) public(s *connect.Snapshot, limits int) (*builder, error) {
 	in := &s.Inbound
 	b := section("frontend", "public")
 	mode := "tcp"
@@ -445,15 +454,14 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	}
 	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", listen, o.path(LeafList), o.path(RootsFile), alpn)
 	b.add("timeout client %s", ms(in.LocalIdleTimeout))
+	if o.HelloTimeout { // or whoever connects and says nothing would stay for the time above
+		b.add("timeout client-hs 10s")
+	}
+	// Callers who are not known yet may not take what the application's own calls need.
+	b.add("maxconn %d", max(limits/2, 1))
 	if in.MaxConnections > 0 {
 		b.add("tcp-request connection reject if { fe_conn gt %d }", in.MaxConnections)
 	}
-	// A server name must be one of ours; none is fine, HAProxy cannot send any.
-	own := strings.ToLower(s.Proxy.SPIFFEID().SNI(""))
-	if _, err := word("own server name", own); err != nil {
-		return nil, err
-	}
-	b.add("tcp-request session reject if { ssl_fc_has_sni } !{ ssl_fc_sni,lower -m str %s } !{ ssl_fc_sni,lower -m end .%s }", own, own)
 	b.add("filter spoe engine hc config %s", o.path(SPOEFile))
 	o.log(b, in.Protocol.IsHTTP())
 	b.add("default_backend local_app")
@@ -465,6 +473,8 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 		return b, nil
 	}
 
+	says(b, "before the application", "the application closed the connection without an answer", "the application refuses connections", "the application did not answer in time")
+	requests(b)
 	normalize(b, in.Normalize)
 
 	// A verdict is kept per connection and asked again when the policy's generation
@@ -476,6 +486,9 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 	b.add("http-request set-var(txn.stale) bool(true) unless %s", fresh)
 	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarVerdict)
 	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarGeneration)
+	if forwardsCert(in) { // a longer chain is not forwarded: the question must fit into a frame
+		b.add("http-request set-var(txn.chain) ssl_c_chain_der if { var(txn.stale) -m bool } { ssl_c_chain_der,length le %d }", maxChain)
+	}
 	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
 	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
 	for _, p := range s.Policy.Providers() {
@@ -502,7 +515,7 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 			return nil, err
 		}
 	}
-	own = s.Proxy.SPIFFEID().String()
+	own := s.Proxy.SPIFFEID().String()
 	if _, err := word("own identity", own); err != nil {
 		return nil, err
 	}
@@ -511,11 +524,14 @@ func (o *Options) public(s *connect.Snapshot) (*builder, error) {
 		// What one earlier hop said is kept before what is known here; more than one
 		// line of it no proxy of the mesh sends.
 		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
-		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 }", header, header)
+		// An open quote in it would make ours a part of theirs.
+		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
+		spellings(b, ourHeaders(in, s.Policy))
 		b.add("http-request set-header %s %s", header, element)
 		b.add("http-request set-header %s %%[var(txn.xfcc)],%%[req.fhdr(%s)] if { var(txn.xfcc) -m found }", header, header)
 	} else {
 		b.add("http-request del-header %s", header)
+		spellings(b, ourHeaders(in, s.Policy))
 	}
 	// While we stop, an answer closes its connection: the caller goes elsewhere.
 	b.add("http-after-response set-header Connection close if { str(%s),map_str(%s) -m found }", DrainingKey, o.path(PolicyMap))
@@ -551,15 +567,78 @@ func (b *builder) token(p *intentions.Provider) error {
 	return nil
 }
 
+// maxChain is how many bytes of certificates X-Forwarded-Client-Cert is made of at most.
+const maxChain = 5000
+
+const (
+	// closedQuotes is text in which every quote has its end: quoted parts may have escapes.
+	closedQuotes = `'^[^"\\]*("[^"\\]*(\\.[^"\\]*)*"[^"\\]*)*$'`
+	// notAnEscape is a percent sign without two hexadecimal digits.
+	notAnEscape = `'%(?![0-9A-Fa-f]{2})'`
+)
+
+// requests refuses at every door to the application what would pass the rules behind it:
+// a tunnel, of which CONNECT makes one and an upgrade to anything but WebSocket; a path
+// that no rule can name; a method that is another to the application than to a rule. It
+// takes away Connection, with which a caller could have our own headers dropped.
+func requests(b *builder) {
+	b.add("http-request return status 405 if METH_CONNECT")
+	b.add("http-request return status 400 if { method -m reg -- [a-z] }")
+	b.add("http-request return status 400 unless { path -m beg -- / } or METH_OPTIONS { path -m str -- * }")
+	b.add("http-request set-var(txn.websocket) bool(true) if { req.fhdr_cnt(Upgrade) eq 1 } { req.fhdr(Upgrade) -i -m str -- websocket }")
+	b.add("http-request del-header Upgrade unless { var(txn.websocket) -m bool }")
+	b.add("http-request del-header HTTP2-Settings")
+	b.add("http-request del-header Connection unless { var(txn.websocket) -m bool }")
+	b.add("http-request set-header Connection Upgrade if { var(txn.websocket) -m bool }")
+}
+
+// ourHeaders are those by which only we tell the application who called.
+func ourHeaders(in *connect.Inbound, p *intentions.Policy) []string {
+	out := []string{"X-Forwarded-Client-Cert"}
+	if in.CallerHeader != "" {
+		out = append(out, in.CallerHeader)
+	}
+	for _, one := range p.Providers() {
+		if one.ForwardTo != "" {
+			out = append(out, one.ForwardTo)
+		}
+	}
+	return out
+}
+
+// spellings removes headers with an underscore that CGI and WSGI read as one of ours.
+func spellings(b *builder, names []string) {
+	part := make([]string, len(names))
+	for i, name := range names {
+		if _, err := word("header", name); err != nil && b.err == nil {
+			b.err = err
+		}
+		part[i] = strings.ReplaceAll(regexp.QuoteMeta(strings.ToLower(name)), "-", "[-_]")
+	}
+	b.add("http-request del-header '^(%s)$' -m reg if { req.hdr_names -m sub -- _ }", strings.Join(part, "|"))
+}
+
+// noCaller removes our headers where there is no caller to tell of.
+func noCaller(b *builder, names []string) {
+	for _, name := range names {
+		b.add("http-request del-header %s", name)
+	}
+	spellings(b, names)
+}
+
 // normalize brings a request into the one form that intentions are matched against
 // and the application receives, or refuses it: otherwise /a/../secret would not be
 // /secret to a rule that names it. The order is Envoy's: backslashes and escaped
 // slashes, then unreserved characters, then dot segments, then slashes.
 func normalize(b *builder, n connect.Normalize) {
-	const escaped = "{ path -m reg -i %2f|%5c }"
+	const escaped = "{ path -i -m reg -- %2f|%5c }"
+	if !n.KeepPath || n.EscapedSlashes != "" {
+		// What is no escape would become one when its neighbour is decoded: %7%33.
+		b.add("http-request return status 400 if { path -m reg -- %s }", notAnEscape)
+	}
 	switch n.Underscores {
 	case connect.UnderscoresReject:
-		b.add("http-request return status 400 if { req.hdr_names -m sub _ }")
+		b.add("http-request return status 400 if { req.hdr_names -m sub -- _ }")
 	case connect.UnderscoresDrop:
 		b.add("http-request del-header _ -m sub")
 	}
@@ -567,14 +646,20 @@ func normalize(b *builder, n connect.Normalize) {
 	case connect.SlashesReject:
 		b.add("http-request return status 400 if %s", escaped)
 	case connect.SlashesRedirect:
-		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]" code 307 if %s !{ query -m found }`, escaped)
-		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]?%%[query]" code 307 if %s`, escaped)
+		// Of slashes at its beginning one stays: two would be another host.
+		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi),regsub(^[/]+,/)]" code 307 if %s !{ query -m found }`, escaped)
+		b.add(`http-request redirect location "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi),regsub(^[/]+,/)]?%%[query]" code 307 if %s`, escaped)
 	case connect.SlashesForward:
 		b.add(`http-request set-path "%%[path,regsub(%%2f,/,gi),regsub(%%5c,/,gi)]" if %s`, escaped)
 	}
 	if !n.KeepPath {
-		b.add("%s", `http-request set-path "%[path,regsub(\\x5c,/,g)]" if { path -m reg \\x5c }`)
-		b.add("http-request normalize-uri percent-decode-unreserved")
+		b.add("%s", `http-request set-path "%[path,regsub(\\x5c,/,g)]" if { path -m reg -- \\x5c }`)
+		// The query is put aside meanwhile: it is the application's, as it came.
+		b.add("http-request set-var(txn.escapes) bool(true) if { path -m sub -- %% }")
+		b.add("http-request set-var(txn.query) query if { var(txn.escapes) -m bool }")
+		b.add("http-request set-pathq %%[path] if { var(txn.escapes) -m bool }")
+		b.add("http-request normalize-uri percent-decode-unreserved strict if { var(txn.escapes) -m bool }")
+		b.add("http-request set-query %%[var(txn.query)] if { var(txn.query) -m found }")
 		b.add("http-request normalize-uri path-strip-dot")
 		b.add("http-request normalize-uri path-strip-dotdot full")
 	}
@@ -615,12 +700,13 @@ func (o *Options) logs() bool {
 // permissive is the listener before the public one that lets in plain TCP to the
 // application's own port (before it was redirected here), for services that are on
 // their way into the mesh.
-func (o *Options) permissive(in *connect.Inbound) []*builder {
+func (o *Options) permissive(in *connect.Inbound, limits int) []*builder {
 	if in.PermissivePort == 0 {
 		return nil
 	}
 	front := section("frontend", "permissive").add("mode tcp").
 		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(in.Port))).
+		add("maxconn %d", max(limits/2, 1)).
 		add("timeout client %s", ms(in.LocalIdleTimeout))
 	o.log(front, false)
 	const hello = "{ req.ssl_hello_type 1 }"
@@ -638,19 +724,18 @@ func (o *Options) permissive(in *connect.Inbound) []*builder {
 }
 
 // unsecured is the 2018 demo's plain listener: never a mesh caller.
-func (o *Options) unsecured(in *connect.Inbound) *builder {
+func (o *Options) unsecured(in *connect.Inbound, ours []string, limits int) *builder {
 	b := section("frontend", "unsecured")
 	mode := "tcp"
 	if in.Protocol.IsHTTP() {
 		mode = "http"
 	}
 	b.add("mode %s", mode).add("bind %s", net.JoinHostPort("0.0.0.0", strconv.Itoa(in.UnsecuredPort)))
+	b.add("maxconn %d", max(limits/8, 1))
 	o.log(b, in.Protocol.IsHTTP())
 	if mode == "http" {
-		b.add("http-request del-header X-Forwarded-Client-Cert")
-		if in.CallerHeader != "" {
-			b.add("http-request del-header %s", in.CallerHeader)
-		}
+		requests(b)
+		noCaller(b, ours)
 	}
 	return b.add("default_backend local_app")
 }
@@ -698,12 +783,14 @@ func exposeGroups(paths []connect.ExposePath) [][]connect.ExposePath {
 }
 
 // expose opens exact paths of the application without mutual TLS.
-func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*builder, error) {
+func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath, ours []string, limits int) ([]*builder, error) {
 	port := group[0].ListenPort
 	front := section("frontend", fmt.Sprintf("expose_%d", port)).add("mode http").
-		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(port)))
+		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(port))).
+		add("maxconn %d", max(limits/8, 1))
 	o.log(front, true)
-	front.add("http-request del-header X-Forwarded-Client-Cert")
+	requests(front)
+	noCaller(front, ours)
 	list := []*builder{front}
 	known := ""
 	for i, p := range group {
@@ -713,7 +800,7 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*bu
 		}
 		name := fmt.Sprintf("expose_%d_%d_app", port, i)
 		known += " " + path
-		front.add("use_backend %s if { path -m str %s }", name, path)
+		front.add("use_backend %s if { path -m str -- %s }", name, path)
 		proto := ""
 		if p.Protocol == connect.HTTP2 {
 			proto = " proto h2"
@@ -721,7 +808,7 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath) ([]*bu
 		list = append(list, section("backend", name).add("mode http").add("timeout connect %s", ms(in.LocalConnectTimeout)).
 			add("server app %s%s", net.JoinHostPort(in.Local.Address, strconv.Itoa(p.LocalPort)), proto))
 	}
-	front.add("http-request return status 404 unless { path -m str%s }", known)
+	front.add("http-request return status 404 unless { path -m str --%s }", known)
 	return list, nil
 }
 
@@ -765,6 +852,11 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 	if http {
 		f.add("option idle-close-on-response") // or a reload would cut idle keep-alives under a request
 		f.add("http-request del-header X-Forwarded-Client-Cert")
+		says(f, "calling "+u.Name, "no endpoint answered", "no healthy endpoint", "the endpoint did not answer in time")
+		// Nothing of an endpoint was heard: to callers that is Envoy's 503.
+		f.add("http-response set-var(txn.answered) bool(true)")
+		f.add("http-after-response set-status 503 if { status 502 } !{ var(txn.answered) -m bool }")
+		b.add("timeout queue %s", ms(min(u.IdleTimeout, defaultQueue)))
 		b.add("balance roundrobin").add("http-reuse always")
 		b.add("retry-on conn-failure empty-response")
 		// A request that may not be repeated is not: the server may have begun it.
@@ -774,7 +866,7 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 		if o.logs() { // also of a client that waits for the server to speak first
 			f.add("no option dontlognull")
 		}
-		b.add("balance leastconn")
+		b.add("balance roundrobin")
 		if o.Originator == Lua {
 			guard(b, idList(u.Target.IDs))
 		} else {
@@ -784,6 +876,9 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 	f.add("default_backend %s", u.Target.Name)
 	what := fmt.Sprintf("upstream %s: %s", u.Name, u.Protocol)
 	lines := strings.Join(f.lines, "\n") + "\n\n" + strings.Join(b.lines, "\n")
+	if u.Passive != nil { // of the section, not of its text
+		lines += fmt.Sprintf("\n\n%+v %d", *u.Passive, or(u.Passive.MaxEjected, -1))
+	}
 	if f.err == nil && b.err == nil && before != nil && before.lines == lines && before.what == what {
 		return &cached{front: before.front, back: before.back, lines: lines, what: what}, nil
 	}
@@ -795,6 +890,7 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 	if err != nil {
 		return nil, err
 	}
+	front.Upstream, back.Upstream, back.Passive = u.Name, u.Name, u.Passive
 	back.class = slots
 	return &cached{front: front, back: back, lines: lines, what: what}, nil
 }
@@ -812,17 +908,51 @@ func limit(f *builder, u *connect.Upstream, http bool) {
 	if l.MaxConcurrentRequests != nil {
 		most = *l.MaxConcurrentRequests
 	}
-	if l.MaxConnections != nil && !u.Protocol.IsHTTP2() {
-		pending := 1024
-		if l.MaxPendingRequests != nil {
-			pending = *l.MaxPendingRequests
-		}
-		if n := *l.MaxConnections + pending; most < 0 || n < most {
+	if (l.MaxConnections != nil || l.MaxPendingRequests != nil) && !u.Protocol.IsHTTP2() {
+		// A connection has one request at a time: so many are under way, maxConn divides
+		// them among the endpoints, and so many more wait.
+		if n := or(l.MaxConnections, envoyLimit) + or(l.MaxPendingRequests, envoyLimit); most < 0 || n < most {
 			most = n
 		}
 	}
 	if most >= 0 {
-		f.add(`http-request return status 503 content-type text/plain string "upstream limit reached" if { be_conn(%s) ge %d }`, u.Target.Name, most)
+		f.add(`http-request return status 503 content-type text/plain hdr x-envoy-overloaded true string "upstream limit reached" if { be_conn(%s) ge %d }`, u.Target.Name, most)
+	}
+}
+
+// envoyLimit is Envoy's default of each limit, which counts where another one is set.
+const envoyLimit = 1024
+
+func or(n *int, def int) int {
+	if n == nil {
+		return def
+	}
+	return *n
+}
+
+// maxConn is the share of an endpoint in the connections that an upstream may have at
+// once; more requests wait. 0 is no limit: with HTTP/2 a connection has many requests.
+func maxConn(u *connect.Upstream) int {
+	l := u.Limits
+	if l.MaxConnections == nil && l.MaxPendingRequests == nil || !u.Protocol.IsHTTP() || u.Protocol.IsHTTP2() || len(u.Target.Endpoints) == 0 {
+		return 0
+	}
+	n := or(l.MaxConnections, envoyLimit)
+	return (n + len(u.Target.Endpoints) - 1) / len(u.Target.Endpoints)
+}
+
+// defaultQueue is how long a request waits for one of the connections that a limit
+// allows: as long as Envoy gives the whole request.
+const defaultQueue = 15 * time.Second
+
+// says makes errors of our own tell who is speaking: the application, its sidecar and
+// its caller's sidecar would otherwise look the same.
+func says(b *builder, who, bad, unavailable, late string) {
+	for _, e := range []struct {
+		status int
+		text   string
+	}{{502, bad}, {503, unavailable}, {504, late}} {
+		b.add(`http-error status %d content-type text/plain string "haproxy-connect (%s): %s"`, e.status, who, e.text)
 	}
 }
 
@@ -901,6 +1031,7 @@ func ParseSlotValue(v string) (addr string, ids []string) {
 func (o *Options) servers(u *connect.Upstream, head *Section, ids []int, verified string) (*Section, error) {
 	sec := *head
 	sec.Servers = make([]Server, 0, len(u.Target.Endpoints))
+	seen := make(map[string]bool, len(u.Target.Endpoints))
 	for i := range u.Target.Endpoints {
 		e := &u.Target.Endpoints[i]
 		name, err := word("endpoint", e.Name)
@@ -923,21 +1054,17 @@ func (o *Options) servers(u *connect.Upstream, head *Section, ids []int, verifie
 		if u.Protocol.IsHTTP() {
 			s.Options += " pool-max-conn 100 pool-purge-delay 30s"
 		}
-		if p := u.Passive; p != nil {
-			layer := "layer4"
-			if u.Protocol.IsHTTP() {
-				layer = "layer7"
-			}
-			s.Options += fmt.Sprintf(" check inter %s downinter %s rise 1 fall 3 observe %s error-limit %d on-error mark-down",
-				ms(max(p.Interval, time.Second)), ms(max(p.BaseEjection, time.Second)), layer, p.MaxFailures)
-			s.Check = true
-		}
+		s.MaxConn = maxConn(u)
 		// A name must never stand for two things while an old server drains.
 		what := s.Address + s.Options
 		if u.Protocol.IsHTTP() {
 			what += verified
 		}
-		s.Name += "." + digest(what)[:4]
+		s.Name += "." + digest(what)
+		if seen[s.Name] {
+			continue // two endpoints with the digest of one: HAProxy would refuse all of it
+		}
+		seen[s.Name] = true
 		sec.Servers = append(sec.Servers, s)
 	}
 	sec.text = sec.assemble()

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/haproxy"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+)
+
+// revocations ends what is open of callers that the policy denies now: after each change
+// of the policy, after each change of HAProxy's worker, and after a failure again, until
+// one pass over all workers had none.
+type revocations struct {
+	log    *slog.Logger
+	dir    string
+	agent  *spoe.Agent
+	proc   *process.Process
+	newest func() *connect.Snapshot
+	maxAge time.Duration // of a caller's connection; 0: none
+	wake   chan struct{}
+
+	ended   atomic.Uint64
+	errors  atomic.Uint64
+	pending atomic.Bool // a pass is due, or has failed and will be repeated
+
+	// Only Run's goroutine:
+	judged *intentions.Policy // that of the last complete pass
+	told   string
+}
+
+// Times between passes that fail.
+const (
+	revokeAgain = 200 * time.Millisecond
+	revokeLast  = 10 * time.Second
+	revokePass  = 10 * time.Second // of one pass
+)
+
+// judgedFile holds the digest of the policy by which all open sessions were judged. A
+// successor reads it: it does not know who the callers of the sessions are that it finds.
+const judgedFile = "judged"
+
+// Wake asks for a pass.
+func (r *revocations) Wake() {
+	r.pending.Store(true)
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run works until ctx ends.
+func (r *revocations) Run(ctx context.Context) {
+	var aged <-chan time.Time
+	if r.maxAge > 0 {
+		t := time.NewTicker(min(max(r.maxAge/10, time.Second), time.Minute))
+		defer t.Stop()
+		aged = t.C
+	}
+	again := time.NewTimer(time.Hour)
+	again.Stop()
+	defer again.Stop()
+	wait := revokeAgain
+	for {
+		old := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.wake:
+			wait = revokeAgain
+		case <-again.C:
+		case <-aged:
+			old = true
+		}
+		if !r.due() {
+			continue
+		}
+		r.pending.Store(true)
+		err := r.pass(ctx, old)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			again.Stop()
+			r.pending.Store(len(r.wake) > 0)
+			if r.told != "" {
+				r.told = ""
+				r.log.Info("everything that is open was judged by the policy in force")
+			}
+			continue
+		}
+		r.errors.Add(1)
+		if text := err.Error(); text != r.told && r.proc.Up() {
+			r.told = text
+			r.log.Warn("cannot end everything that is open of callers that are denied now; trying again", "error", err,
+				"try", "does HAProxy answer on its sockets, and is the limit of open files high enough?")
+		}
+		again.Reset(wait)
+		wait = min(2*wait, revokeLast)
+	}
+}
+
+// due reports whether there is anything to judge. While HAProxy does not run there is
+// nothing; its start wakes us.
+func (r *revocations) due() bool {
+	snap := r.newest()
+	if snap == nil || snap.Inbound.Port == 0 || !r.proc.Up() && !r.proc.Inherits() {
+		return false
+	}
+	if r.judged == nil && r.proc.Inherits() {
+		if was, err := os.ReadFile(filepath.Join(r.dir, judgedFile)); err == nil && string(was) == snap.Policy.Digest() {
+			r.judged = snap.Policy // the predecessor has judged by the same
+			return false
+		}
+	}
+	return true
+}
+
+func (r *revocations) pass(ctx context.Context, old bool) error {
+	snap, policy := r.newest(), r.agent.Policy()
+	ctx, cancel := context.WithTimeout(ctx, revokePass)
+	defer cancel()
+	workers, err := r.proc.Workers(ctx)
+	if err != nil {
+		return err
+	}
+	http := snap.Inbound.Protocol.IsHTTP()
+	list := make([]haproxy.Worker, len(workers))
+	for i, w := range workers {
+		list[i] = w.Do
+		if w.Old {
+			err = errors.Join(err, haproxy.TellGeneration(ctx, w.Do, r.dir, r.agent.Generation()))
+		}
+	}
+	judge := func(from netip.AddrPort, pending bool) haproxy.Verdict {
+		switch r.agent.Judge(from, pending, r.judged) {
+		case spoe.Ends:
+			return haproxy.End
+		case spoe.EndsTunnels:
+			return haproxy.EndTunnel
+		}
+		return haproxy.Keep
+	}
+	ofSessions := judge
+	if old && !http { // a request that has begun is not cut for the age of its connection
+		ofSessions = func(from netip.AddrPort, pending bool) haproxy.Verdict {
+			if r.tooOld(from) {
+				return haproxy.End
+			}
+			return judge(from, pending)
+		}
+	}
+	ended, live, e := haproxy.EndSessions(ctx, list, ofSessions)
+	err = errors.Join(err, e)
+	if r.agent.AnyDenied() {
+		if n := r.proc.EndLost(); n > 0 {
+			r.log.Warn("ended a HAProxy that no command reaches, as it may have sessions of a caller that is denied now", "processes", n)
+		}
+	}
+	if http { // a connection between two requests is no session
+		idle, e := process.EndConnections(workers, snap.Inbound.Port, func(from netip.AddrPort) bool {
+			if live[from] || judge(from, true) != haproxy.End && !(old && r.tooOld(from)) {
+				live[from] = true
+				return false
+			}
+			return true
+		})
+		ended += idle
+		err = errors.Join(err, r.permitted(e))
+	}
+	r.ended.Add(uint64(ended))
+	if ended > 0 {
+		r.log.Info("ended open sessions of callers that are denied now, or whose connection is too old", "sessions", ended)
+	}
+	if err != nil {
+		return err
+	}
+	r.agent.Forget(live) // only now is all known that lives
+	if r.judged != policy {
+		r.judged = policy
+		return certs.WriteFile(filepath.Join(r.dir, judgedFile), []byte(policy.Digest()), 0o600)
+	}
+	return nil
+}
+
+// permitted tells once what will never work, and passes on what may work again.
+func (r *revocations) permitted(err error) error {
+	if !errors.Is(err, process.ErrNotPermitted) {
+		return err
+	}
+	if r.told == "" {
+		r.told = err.Error()
+		r.log.Warn("idle connections of callers that are denied now stay open; what they ask next is denied", "error", err,
+			"try", "a worker of another user needs the capability CAP_SYS_PTRACE")
+	}
+	return nil
+}
+
+func (r *revocations) tooOld(from netip.AddrPort) bool {
+	since, ok := r.agent.Since(from)
+	return ok && r.maxAge > 0 && time.Since(since) > r.maxAge
+}

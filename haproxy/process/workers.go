@@ -1,0 +1,108 @@
+package process
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
+)
+
+// Worker is one process that serves connections: the current worker, one that a reload
+// replaced, or one of a HAProxy that a killed predecessor of ours left.
+type Worker struct {
+	PID    int
+	Old    bool // it accepts nothing new
+	socket runtimeapi.Socket
+	prefix string
+}
+
+// Do runs one command of the runtime API on the worker.
+func (w Worker) Do(ctx context.Context, command string) (string, error) {
+	return w.socket.Do(ctx, w.prefix+command, nil)
+}
+
+// beforeSockets is the pattern of the master sockets that predecessors had.
+const beforeSockets = "before-*"
+
+// Workers lists every process of ours that may still have sessions. An error means that
+// there may be more of them.
+func (p *Process) Workers(ctx context.Context) ([]Worker, error) {
+	out, err := workersOf(ctx, runtimeapi.Socket(p.masterSocket()), "@1 ")
+	if err != nil {
+		return nil, err
+	}
+	sockets, _ := filepath.Glob(filepath.Join(p.conf.Dir, "sock", beforeSockets)) // the pattern is good
+	for _, s := range sockets {
+		list, err := workersOf(ctx, runtimeapi.Socket(s), "")
+		if errors.Is(err, syscall.ECONNREFUSED) { // its master has gone, and its workers with it
+			_ = os.Remove(s)
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("a predecessor's HAProxy: %w", err)
+		}
+		for i := range list {
+			list[i].Old = true
+		}
+		out = append(out, list...)
+	}
+	return out, nil
+}
+
+// workersOf asks a master. current, if not "", is how the worker that is not old is
+// addressed, also when it is replaced meanwhile.
+func workersOf(ctx context.Context, master runtimeapi.Socket, current string) (out []Worker, err error) {
+	text, err := master.Do(ctx, "show proc", nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, one := range runtimeapi.ParseProcesses(text) {
+		w := Worker{PID: one.PID, Old: one.Old, socket: master, prefix: "@!" + strconv.Itoa(one.PID) + " "}
+		if !one.Old && current != "" {
+			w.prefix = current
+		}
+		out = append(out, w)
+	}
+	if len(out) == 0 {
+		return nil, errors.New("HAProxy's master names no worker")
+	}
+	return out, nil
+}
+
+// keepReach moves the master socket of the HAProxy that is to be replaced aside, where
+// it goes on answering, before a successor's takes its name. The processes that cannot be
+// reached, as somebody removed their socket, are remembered.
+func (p *Process) keepReach(pids []int) {
+	if len(pids) == 0 {
+		return
+	}
+	aside := filepath.Join(p.conf.Dir, "sock", strings.Replace(beforeSockets, "*", strconv.Itoa(slices.Min(pids)), 1))
+	if err := os.Rename(p.masterSocket(), aside); err == nil {
+		return
+	}
+	p.mu.Lock()
+	p.lost = append(p.lost, pids...)
+	p.mu.Unlock()
+}
+
+// EndLost ends the processes of ours that no command reaches, with their sessions: for
+// when somebody is denied now who may have some.
+func (p *Process) EndLost() (ended int) {
+	p.mu.Lock()
+	lost := p.lost
+	p.lost = nil
+	p.mu.Unlock()
+	for _, pid := range running(p.conf.File) {
+		if slices.Contains(lost, pid) && syscall.Kill(pid, syscall.SIGKILL) == nil {
+			ended++
+		}
+	}
+	return ended
+}

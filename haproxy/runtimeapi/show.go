@@ -1,0 +1,134 @@
+package runtimeapi
+
+import (
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// Process is one worker that a master knows.
+type Process struct {
+	PID int
+	Old bool // it was replaced, and finishes its sessions
+}
+
+// ParseProcesses reads the workers of `show proc`, which only a master answers
+// (HAProxy's management guide, section 9.4.1).
+func ParseProcesses(text string) (out []Process) {
+	old, workers := false, false
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "#") {
+			old = strings.HasPrefix(line, "# old workers")
+			workers = old || strings.HasPrefix(line, "# workers")
+			continue
+		}
+		f := strings.Fields(line)
+		if !workers || len(f) < 2 || f[1] != "worker" {
+			continue
+		}
+		if pid, err := strconv.Atoi(f[0]); err == nil && pid > 1 {
+			out = append(out, Process{PID: pid, Old: old})
+		}
+	}
+	return out
+}
+
+// Session is one stream of a worker.
+type Session struct {
+	ID                string         // a hexadecimal number, fit for a command
+	Frontend, Backend string         // Backend "<NONE>": the stream has not been let in yet
+	From              netip.AddrPort // of the client; the zero value for one on a unix socket
+}
+
+// ParseSessions reads `show sess`. A line is (HAProxy's management guide):
+//
+//	0x55f3c8: proto=tcpv4 src=10.0.0.1:51234 fe=public be=local_app srv=app ...
+func ParseSessions(text string) (out []Session) {
+	for line := range strings.Lines(text) {
+		if s, ok := parseSession(line); ok {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+func parseSession(line string) (s Session, ok bool) {
+	fields := strings.Fields(line)
+	if len(fields) < 4 {
+		return s, false
+	}
+	id, is := strings.CutSuffix(fields[0], ":")
+	// The ID becomes part of a command: nothing but a number may.
+	if digits, hex := strings.CutPrefix(id, "0x"); !is || !hex || digits == "" || strings.Trim(digits, "0123456789abcdef") != "" {
+		return s, false
+	}
+	s.ID = id
+	for _, f := range fields[1:] {
+		name, value, _ := strings.Cut(f, "=")
+		switch {
+		case name == "fe" && s.Frontend == "":
+			s.Frontend = value
+		case name == "be" && s.Backend == "":
+			s.Backend = value
+		case name == "src" && !s.From.IsValid():
+			s.From = address(value)
+		}
+	}
+	return s, s.Frontend != ""
+}
+
+// address reads "10.0.0.1:80", "::1:80" or "[::1]:80"; the zero value is anything else.
+func address(s string) netip.AddrPort {
+	i := strings.LastIndexByte(s, ':')
+	if i < 0 {
+		return netip.AddrPort{}
+	}
+	host, err := netip.ParseAddr(strings.Trim(s[:i], "[]"))
+	port, perr := strconv.ParseUint(s[i+1:], 10, 16)
+	if err != nil || perr != nil || host.Zone() != "" {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(host.Unmap(), uint16(port))
+}
+
+// ParseStatus reads the HTTP status of a stream from `show sess <id>`; 0 while it has none.
+func ParseStatus(text string) int {
+	for f := range strings.FieldsSeq(text) {
+		if v, is := strings.CutPrefix(f, "status="); is {
+			n, _ := strconv.Atoi(v) // -1 before there is an answer
+			return max(n, 0)
+		}
+	}
+	return 0
+}
+
+// ParseStats reads `show stat`: a map by the names of the first line for each other line.
+func ParseStats(text string) ([]map[string]string, error) {
+	lines := csv.NewReader(strings.NewReader(strings.TrimSpace(strings.TrimPrefix(text, "# "))))
+	lines.FieldsPerRecord = -1
+	head, err := lines.Read()
+	if err != nil {
+		return nil, fmt.Errorf("show stat: %w", err)
+	}
+	var rows []map[string]string
+	for {
+		line, err := lines.Read()
+		if errors.Is(err, io.EOF) {
+			return rows, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("show stat: %w", err)
+		}
+		row := make(map[string]string, len(head))
+		for i, name := range head {
+			if i < len(line) {
+				row[name] = line[i]
+			}
+		}
+		rows = append(rows, row)
+	}
+}
