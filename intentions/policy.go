@@ -214,7 +214,7 @@ var (
 	noPolicy  = Decision{Rule: "none", Reason: "no policy is known yet"}
 	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
 	foreignNS = Decision{Rule: "identity", Reason: "the caller's identity is of a namespace or partition, which the community edition of Consul does not have"}
-	foreignSN = Decision{Rule: "server-name", Reason: "the caller asked by SNI for another service of the mesh"}
+	foreignSN = Decision{Rule: ServerNameRule, Reason: "the caller asked by SNI for another service of the mesh"}
 )
 
 // match finds the rule for a caller, without looking at a request.
@@ -275,6 +275,9 @@ func (p *Policy) Accepts(serverName string) (Decision, bool) {
 	}
 	return Decision{}, true
 }
+
+// ServerNameRule is the rule of a Decision of Accepts.
+const ServerNameRule = "server-name"
 
 // Same reports whether another policy treats a caller by the same rule as this one, so
 // that what this one let in may go on.

@@ -117,7 +117,7 @@ func checkConfig(t *testing.T, version, path string, snap *connect.Snapshot) {
 	for _, originator := range []render.Originator{render.Lua, render.Go} {
 		for _, log := range []render.AccessLog{render.LogOff, render.LogJSON} {
 			dir := shortDir(t)
-			r, err := render.New(render.Options{Dir: dir, LuaBool: bin.Version.Features().LuaBool, SPOP: bin.Version.Features().SPOP, Originator: originator, AccessLog: log})
+			r, err := render.New(render.Options{Dir: dir, HelloTimeout: bin.Version.Features().HelloTimeout, LuaBool: bin.Version.Features().LuaBool, SPOP: bin.Version.Features().SPOP, Originator: originator, AccessLog: log})
 			require.NoError(t, err)
 			conf, _, err := r.Render(snap, "generation-1", nil)
 			require.NoError(t, err)

@@ -253,7 +253,7 @@ func hint(err error) string {
 	case errors.As(err, &lookup):
 		return "does this machine's name server know it? Else register the instance with an address"
 	case isStatus(err, 403) && strings.Contains(err.Error(), "ACL not found"):
-		return "the token does not exist, or not any more: give another (-token-file, which is read again when it changes)"
+		return "check the token: it does not exist, or not any more (-token-file is read again when it changes)"
 	case isStatus(err, 429):
 		return "the agent limits requests: raise limits.http_max_conns_per_client (default 200 for all sidecars of this host)"
 	case isStatus(err, 403):

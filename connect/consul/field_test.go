@@ -70,7 +70,7 @@ func TestTokenFileIsReadAgain(t *testing.T) {
 	// A token that is gone is named as the reason, once.
 	m.agent.Token("third")
 	require.Eventually(t, func() bool { return len(log.lines("WARN")) == 1 }, 10*time.Second, 5*time.Millisecond)
-	require.Contains(t, log.lines("WARN")[0], "the token does not exist")
+	require.Contains(t, log.lines("WARN")[0], "it does not exist, or not any more")
 	require.NoError(t, os.WriteFile(file, []byte("third"), 0o600))
 	m.endpoints("passing", 1)
 	m.until("one endpoint", count(1))

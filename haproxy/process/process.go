@@ -42,7 +42,7 @@ const (
 	minBackoff = 100 * time.Millisecond
 	maxBackoff = 15 * time.Second
 	stable     = 30 * time.Second // a run of this length forgets earlier crashes
-	maxLogLine = 16 << 10
+	maxLogLine = 32 << 10
 )
 
 // pids in HAProxy's messages make every one of them new.

@@ -19,10 +19,9 @@ type accessFormat struct {
 // AccessMark precedes every line of the access log, to tell it from what HAProxy says.
 const AccessMark = "access "
 
-// defaultFields are ours, which a line that is cut must not lose, then those of Envoy
-// under Consul (proxy-defaults, access_logs) in alphabetical order, as Envoy writes them.
+// defaultFields are those of Envoy under Consul (proxy-defaults, access_logs) in
+// alphabetical order, as Envoy writes them, then ours.
 var defaultFields = [][2]string{
-	{"listener", "%LISTENER%"}, {"source", "%DOWNSTREAM_PEER_URI_SAN%"}, {"verdict", "%VERDICT%"}, {"rule", "%RULE%"}, {"reason", "%REASON%"},
 	{"authority", "%REQ(:AUTHORITY)%"}, {"bytes_received", "%BYTES_RECEIVED%"}, {"bytes_sent", "%BYTES_SENT%"},
 	{"connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"}, {"downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"},
 	{"downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"}, {"duration", "%DURATION%"}, {"method", "%REQ(:METHOD)%"},
@@ -32,6 +31,7 @@ var defaultFields = [][2]string{
 	{"upstream_cluster", "%UPSTREAM_CLUSTER%"}, {"upstream_host", "%UPSTREAM_HOST%"}, {"upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"},
 	{"upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"}, {"upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"},
 	{"user_agent", "%REQ(USER-AGENT)%"}, {"x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"},
+	{"listener", "%LISTENER%"}, {"source", "%DOWNSTREAM_PEER_URI_SAN%"}, {"verdict", "%VERDICT%"}, {"rule", "%RULE%"}, {"reason", "%REASON%"},
 }
 
 var operator = regexp.MustCompile(`%([A-Z_]+)(?:\(([^)%]*)\))?(?::\d+)?%`)
@@ -228,7 +228,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 var plainHeader = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
 
 // longestField bounds, in bytes, what a caller can write into one field of a line: a line
-// that HAProxy cuts is no JSON any more.
+// that HAProxy cuts is no JSON any more. JSON may need six bytes for one.
 const longestField = 256
 
 // remember keeps a sample in a variable until the line is written: as much of it as has a

@@ -320,7 +320,7 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
 	g.add("mworker-max-reloads %d", maxOldWorkers)
 	g.add("stats timeout 1m")
-	g.add("log stdout len 8192 format raw local0 info")
+	g.add("log stdout len 16384 format raw local0 info")
 	g.add("hard-stop-after %s", ms(o.HardStopAfter))
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
@@ -491,6 +491,8 @@ func (o *Options) public(s *connect.Snapshot, limits int) (*builder, error) {
 	}
 	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
 	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
+	// Who asked for another service gets no answer that could be taken for that one's.
+	b.add("http-request reject if { var(%s%s) -m str %s }", sess, spoe.VarRule, intentions.ServerNameRule)
 	for _, p := range s.Policy.Providers() {
 		if p.ForwardTo != "" { // only we may say what a token says
 			b.add("http-request del-header %s", p.ForwardTo)
@@ -655,11 +657,11 @@ func normalize(b *builder, n connect.Normalize) {
 	if !n.KeepPath {
 		b.add("%s", `http-request set-path "%[path,regsub(\\x5c,/,g)]" if { path -m reg -- \\x5c }`)
 		// The query is put aside meanwhile: it is the application's, as it came.
-		b.add("http-request set-var(txn.escapes) bool(true) if { path -m sub -- %% }")
+		b.add("%s", "http-request set-var(txn.escapes) bool(true) if { path -m sub -- % }")
 		b.add("http-request set-var(txn.query) query if { var(txn.escapes) -m bool }")
-		b.add("http-request set-pathq %%[path] if { var(txn.escapes) -m bool }")
+		b.add("%s", "http-request set-pathq %[path] if { var(txn.escapes) -m bool }")
 		b.add("http-request normalize-uri percent-decode-unreserved strict if { var(txn.escapes) -m bool }")
-		b.add("http-request set-query %%[var(txn.query)] if { var(txn.query) -m found }")
+		b.add("%s", "http-request set-query %[var(txn.query)] if { var(txn.query) -m found }")
 		b.add("http-request normalize-uri path-strip-dot")
 		b.add("http-request normalize-uri path-strip-dotdot full")
 	}
@@ -916,7 +918,7 @@ func limit(f *builder, u *connect.Upstream, http bool) {
 		}
 	}
 	if most >= 0 {
-		f.add(`http-request return status 503 content-type text/plain hdr x-envoy-overloaded true string "upstream limit reached" if { be_conn(%s) ge %d }`, u.Target.Name, most)
+		f.add(`http-request return status 503 content-type text/plain string "upstream limit reached" hdr x-envoy-overloaded true if { be_conn(%s) ge %d }`, u.Target.Name, most)
 	}
 }
 
