@@ -157,7 +157,7 @@ func structure(running, want *render.Config) Plan {
 	}
 	switch {
 	case len(added)+len(gone) > 0:
-		return Plan{Reload: Upstreams, Detail: list("added", added) + list("removed", gone) + list("changed", changed)}
+		return Plan{Reload: Upstreams, Detail: detail(list("added", added), list("removed", gone), list("changed", changed))}
 	case len(changed) > 0:
 		reason := Structure
 		if slices.Contains(changed, "frontend public") || slices.Contains(changed, "backend local_app") {
@@ -196,7 +196,11 @@ func list(what string, names []string) string {
 	if len(names) > 5 {
 		names, more = names[:5], fmt.Sprintf(" and %d more", len(names)-5)
 	}
-	return what + " " + strings.Join(names, ", ") + more + ". "
+	return what + " " + strings.Join(names, ", ") + more
+}
+
+func detail(parts ...string) string {
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "; ")
 }
 
 // maps brings the slots' maps and the policy's generation up to date.

@@ -12,8 +12,16 @@ import _ "embed"
 //go:embed spiffe.lua
 var Spiffe string
 
+// Deny is the service that denies a request with a body, for versions that lose the
+// answer otherwise.
+//
+//go:embed deny.lua
+var Deny string
+
 // Names shared by the script and the rendered configuration.
 const (
+	DenyFile      = "deny.lua"
+	DenyService   = "lua.deny"
 	SpiffeFile    = "spiffe.lua"
 	SpiffeFilter  = "lua.spiffe"
 	SpiffeSlot    = "slot"             // argument: expected IDs are in SpiffeIDsVar

@@ -322,8 +322,9 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
+	f := b.Version.Features()
 	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, Files: c.files, HardStopAfter: c.hardStop,
-		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, HelloTimeout: b.Version.Features().HelloTimeout, LuaBool: b.Version.Features().LuaBool, SPOP: b.Version.Features().SPOP}
+		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, HelloTimeout: f.HelloTimeout, DropTrailers: f.DropTrailers, LosesAnswers: f.LosesAnswers, TimesUploads: f.TimesUploads, BufferCache: f.BufferCache, LuaBool: f.LuaBool, SPOP: f.SPOP}
 }
 
 // dir is the run directory of a proxy.

@@ -117,20 +117,21 @@ func checkConfig(t *testing.T, version, path string, snap *connect.Snapshot) {
 	for _, originator := range []render.Originator{render.Lua, render.Go} {
 		for _, log := range []render.AccessLog{render.LogOff, render.LogJSON} {
 			dir := shortDir(t)
-			r, err := render.New(render.Options{Dir: dir, HelloTimeout: bin.Version.Features().HelloTimeout, LuaBool: bin.Version.Features().LuaBool, SPOP: bin.Version.Features().SPOP, Originator: originator, AccessLog: log})
+			conf := (&config{threads: 2, maxConn: 4096, accessLog: string(log)}).render(dir, process.Account{}, bin, originator)
+			r, err := render.New(conf)
 			require.NoError(t, err)
-			conf, _, err := r.Render(snap, "generation-1", nil)
+			made, _, err := r.Render(snap, "generation-1", nil)
 			require.NoError(t, err)
 			for _, sub := range []string{"tls", "maps", "sock"} {
 				require.NoError(t, os.Mkdir(filepath.Join(dir, sub), 0o700))
 			}
-			for name, text := range conf.Files {
+			for name, text := range made.Files {
 				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
 			}
 			require.NoError(t, os.WriteFile(filepath.Join(dir, render.LeafFile), snap.Leaf.PEM(), 0o600))
 			require.NoError(t, os.WriteFile(filepath.Join(dir, render.RootsFile), []byte(snap.Roots.PEM), 0o600))
 			main := filepath.Join(dir, render.MainFile)
-			require.NoError(t, os.WriteFile(main, []byte(conf.Text()), 0o600))
+			require.NoError(t, os.WriteFile(main, []byte(made.Text()), 0o600))
 			require.NoError(t, bin.Check(t.Context(), main), "HAProxy %s, originator %s, log %s", version, originator, log)
 		}
 	}

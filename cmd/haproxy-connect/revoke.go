@@ -35,8 +35,9 @@ type revocations struct {
 	pending atomic.Bool // a pass is due, or has failed and will be repeated
 
 	// Only Run's goroutine:
-	judged *intentions.Policy // that of the last complete pass
-	told   string
+	judged    *intentions.Policy // that of the last complete pass
+	inherited string             // its digest, when a predecessor made that pass
+	told      string
 }
 
 // Times between passes that fail.
@@ -117,17 +118,21 @@ func (r *revocations) due() bool {
 	if snap == nil || snap.Inbound.Port == 0 || !r.proc.Up() && !r.proc.Inherits() {
 		return false
 	}
-	if r.judged == nil && r.proc.Inherits() {
-		if was, err := os.ReadFile(filepath.Join(r.dir, judgedFile)); err == nil && string(was) == snap.Policy.Digest() {
-			r.judged = snap.Policy // the predecessor has judged by the same
-			return false
-		}
-	}
 	return true
+}
+
+// inherit reads by what policy a predecessor has judged the sessions of its HAProxy.
+func (r *revocations) inherit() {
+	if b, err := os.ReadFile(filepath.Join(r.dir, judgedFile)); err == nil {
+		r.inherited = string(b)
+	}
 }
 
 func (r *revocations) pass(ctx context.Context, old bool) error {
 	snap, policy := r.newest(), r.agent.Policy()
+	if r.judged == nil && r.inherited == policy.Digest() {
+		r.judged = policy
+	}
 	ctx, cancel := context.WithTimeout(ctx, revokePass)
 	defer cancel()
 	workers, err := r.proc.Workers(ctx)
@@ -146,6 +151,10 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		switch r.agent.Judge(from, pending, r.judged) {
 		case spoe.Ends:
 			return haproxy.End
+		case spoe.Unknown: // it was judged with the others, if the policy is the same
+			if r.judged != policy {
+				return haproxy.End
+			}
 		case spoe.EndsTunnels:
 			return haproxy.EndTunnel
 		}
@@ -168,8 +177,9 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		}
 	}
 	if http { // a connection between two requests is no session
-		idle, e := process.EndConnections(workers, snap.Inbound.Port, func(from netip.AddrPort) bool {
-			if live[from] || judge(from, true) != haproxy.End && !(old && r.tooOld(from)) {
+		idle, e := process.EndConnections(workers, snap.Inbound.Port, func(w process.Worker, from netip.AddrPort) bool {
+			// One that nobody is known of may be new, but not in a worker that accepts no more.
+			if live[from] || judge(from, !w.Old) != haproxy.End && !(old && r.tooOld(from)) {
 				live[from] = true
 				return false
 			}
@@ -186,8 +196,8 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		return err
 	}
 	r.agent.Forget(live) // only now is all known that lives
-	if r.judged != policy {
-		r.judged = policy
+	if r.judged != policy || r.inherited != "" {
+		r.judged, r.inherited = policy, ""
 		return certs.WriteFile(filepath.Join(r.dir, judgedFile), []byte(policy.Digest()), 0o600)
 	}
 	return nil

@@ -247,6 +247,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	var inherited *render.Config
 	if s.proc.FindPredecessor(ctx) {
 		inherited = slotsOnDisk(s.dir)
+		s.revoke.inherit()
 	}
 	conf := haproxy.Config{
 		Inherited: inherited,
@@ -487,9 +488,10 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	if err := process.PrepareDir(run, s.account); err != nil {
 		return err
 	}
-	f := s.binary.Version.Features()
 	begun := time.Now()
-	err := haproxy.SelfTest(ctx, run, render.Options{User: s.account.User, Group: s.account.Group, HelloTimeout: f.HelloTimeout, LuaBool: f.LuaBool, SPOP: f.SPOP, MaxConn: 100},
+	conf := s.conf.render(run, s.account, s.binary, render.Lua)
+	conf.MaxConn, conf.Files = 100, 0
+	err := haproxy.SelfTest(ctx, run, conf,
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {
@@ -779,7 +781,7 @@ func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
 // cleanDir removes what we wrote, and the directory if nothing else is in it.
 func (s *sidecar) cleanDir() error {
 	var err error
-	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, "candidate.cfg", judgedFile, lockFile} {
+	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, lua.DenyFile, "candidate.cfg", judgedFile, lockFile} {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))
 	}
 	_ = os.Remove(s.dir) // not empty: somebody else's files

@@ -211,8 +211,8 @@ func (w *world) cmdMeshHold(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-func (w *world) cmdMeshHeld(ts *testscript.TestScript, _ bool, args []string) {
-	if err := getOn(w.idle[args[0]]); err != nil {
+func (w *world) cmdMeshHeld(ts *testscript.TestScript, neg bool, args []string) {
+	if err := getOn(w.idle[args[0]]); (err != nil) != neg {
 		ts.Fatalf("the connection %s: %v\n%s", args[0], err, w.allLogs())
 	}
 }
@@ -256,7 +256,7 @@ func (w *world) cmdMeshGet(ts *testscript.TestScript, _ bool, args []string) {
 				req.Body, req.ContentLength = io.NopCloser(strings.NewReader(v)), int64(len(v))
 				continue
 			}
-			req.Header.Add(k, v)
+			req.Header[k] = append(req.Header[k], v) // as it is spelled
 		}
 		res, err := client.Do(req)
 		if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -391,8 +392,8 @@ func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Setenv(envName(name)+"_PORT", strconv.Itoa(a.Port))
 	}
 	count := &atomic.Int64{}
-	w.counts[name] = count
-	serveApp(ln, name, kind, count)
+	w.counts[name], w.counts[name+" fails"], w.counts[name+" given up"] = count, &atomic.Int64{}, &atomic.Int64{}
+	serveApp(ln, name, kind, count, w.counts[name+" fails"], w.counts[name+" given up"])
 }
 
 func unencryptedHTTP2() *http.Protocols {
@@ -401,8 +402,12 @@ func unencryptedHTTP2() *http.Protocols {
 	return &p
 }
 
-func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
+func serveApp(ln net.Listener, name, kind string, count, fails, given *atomic.Int64) {
 	switch kind {
+	case "switch":
+		go serveSwitch(ln, count)
+	case "late":
+		go serveLate(ln)
 	case "tcp", "banner":
 		go func() {
 			for {
@@ -440,16 +445,25 @@ func serveApp(ln net.Listener, name, kind string, count *atomic.Int64) {
 			if strings.Contains(r.URL.Path, strings.ReplaceAll(forbidden, " ", "-")) {
 				unauthorized.Add(1)
 			}
+			if misbehave(rw, r, name, fails, given) {
+				return
+			}
 			b, _ := io.ReadAll(r.Body)
 			if d, err := time.ParseDuration(r.URL.Query().Get("sleep")); err == nil {
 				time.Sleep(d)
 			}
 			rw.Header().Set("Trailer", "Grpc-Status")
-			fmt.Fprintf(rw, "%s %s %s %s body=%d xfcc=%q caller=%q authorization=%q token=%q", name, r.Proto, r.Method, r.RequestURI, len(b),
-				r.Header.Values("X-Forwarded-Client-Cert"), r.Header.Values("X-Caller"), r.Header.Values("Authorization"), r.Header.Values("X-Token"))
+			var others []string // that CGI would read as one of ours
+			for k := range r.Header {
+				if strings.Contains(k, "_") {
+					others = append(others, k)
+				}
+			}
+			fmt.Fprintf(rw, "%s %s %s %s body=%d xfcc=%q caller=%q authorization=%q token=%q others=%q", name, r.Proto, r.Method, r.RequestURI, len(b),
+				r.Header.Values("X-Forwarded-Client-Cert"), r.Header.Values("X-Caller"), r.Header.Values("Authorization"), r.Header.Values("X-Token"), others)
 			rw.Header().Set("Grpc-Status", "0")
 		})
-		srv := &http.Server{Handler: h}
+		srv := &http.Server{Handler: h, MaxHeaderBytes: 1 << 20}
 		if kind == "http2" {
 			srv.Protocols = unencryptedHTTP2()
 		}
@@ -614,7 +628,7 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 		case "-H":
 			i++
 			k, v, _ := strings.Cut(args[i], "=")
-			header.Add(k, v)
+			header[k] = append(header[k], v) // as it is spelled
 		case "-X":
 			i++
 			method = args[i]
@@ -641,6 +655,7 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 			return err
 		}
 		req.Header = header
+		req.Host = cmp.Or(header.Get("Host"), req.Host)
 		res, err := client.Do(req)
 		if err != nil {
 			return err
@@ -841,7 +856,7 @@ func (w *world) cmdLoadStop(ts *testscript.TestScript, _ bool, args []string) {
 	})
 	l.stop()
 	ts.Logf("load %s: %d good, %d failed", args[0], l.good.Load(), l.failed.Load())
-	if l.good.Load() == 0 || most >= 0 && l.failed.Load() > most {
+	if most >= 0 && (l.good.Load() == 0 || l.failed.Load() > most) { // below 0: whatever happened
 		first := ""
 		if p := l.first.Load(); p != nil {
 			first = *p

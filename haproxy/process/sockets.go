@@ -17,9 +17,9 @@ import (
 // worker's descriptors (pidfd_getfd, Linux 5.6) as we are its parent: not being root
 // that needs nothing, being root CAP_SYS_PTRACE, as the worker has another user.
 // Without the permission the error is ErrNotPermitted.
-func EndConnections(workers []Worker, port int, drop func(from netip.AddrPort) bool) (ended int, err error) {
+func EndConnections(workers []Worker, port int, drop func(w Worker, from netip.AddrPort) bool) (ended int, err error) {
 	for _, w := range workers {
-		n, e := endConnections(strconv.Itoa(w.PID), port, drop)
+		n, e := endConnections(strconv.Itoa(w.PID), port, func(from netip.AddrPort) bool { return drop(w, from) })
 		ended += n
 		switch {
 		case e == nil, errors.Is(e, unix.ESRCH), errors.Is(e, os.ErrNotExist):

@@ -44,6 +44,11 @@ type Features struct {
 	SyncReload    bool // 3.0: `reload` on the master socket answers when it is done
 	WaitRemovable bool // 3.0: `wait ... srv-removable`
 	HelloTimeout  bool // 3.0: timeout client-hs bounds the handshake of a caller
+	LosesAnswers  bool // before 3.0: an answer is lost to a caller that still sends
+	TimesUploads  bool // before 3.0: a pause of an upload counts as silence of the server
+	BufferCache   bool // 3.0: tune.memory.hot-size
+	HoldsFirst    bool // 3.2: data and end of a client that come before the TLS handshake is over are kept
+	DropTrailers  bool // 3.2: option http-drop-request-trailers
 	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
 	SPOP          bool // 3.1: mode spop
 	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
@@ -55,6 +60,11 @@ func (v Version) Features() Features {
 		SyncReload:    !v.Less(3, 0, 0),
 		WaitRemovable: !v.Less(3, 0, 0),
 		HelloTimeout:  !v.Less(3, 0, 0),
+		LosesAnswers:  v.Less(3, 0, 0),
+		TimesUploads:  v.Less(3, 0, 0),
+		BufferCache:   !v.Less(3, 0, 0),
+		HoldsFirst:    !v.Less(3, 2, 0),
+		DropTrailers:  !v.Less(3, 2, 0),
 		LuaBool:       !v.Less(3, 1, 0),
 		SPOP:          !v.Less(3, 1, 0),
 		CACommit:      !v.Less(3, 2, 8),
@@ -67,7 +77,7 @@ func (f Features) Names() []string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.HelloTimeout, "hello-timeout"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.HelloTimeout, "hello-timeout"}, {f.DropTrailers, "drop-trailers"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
 		if x.on {
 			out = append(out, x.name)
 		}
@@ -80,6 +90,18 @@ func (v Version) Bugs() (out []string) {
 	f := v.Features()
 	if !f.CACommit {
 		out = append(out, "this version cannot change roots while it runs: each rotation of the CA is a reload (haproxy/haproxy#3165)")
+	}
+	if !f.DropTrailers {
+		out = append(out, "this version passes the trailers of chunked requests on: an application that reads them as headers may take them for ours (X-Forwarded-Client-Cert)")
+	}
+	if !f.HoldsFirst {
+		out = append(out, "this version drops what a client of a tcp upstream says if it ends its side within the first milliseconds (echo | nc -N): -originator go does not")
+	}
+	if f.TimesUploads {
+		out = append(out, "2.6 cannot begin the 15 seconds of an answer when an upload is complete: an answer to a chunked upload has 5 minutes")
+	}
+	if f.LosesAnswers {
+		out = append(out, "2.6 loses an application's answer to a caller that still sends, if the application closes at once without reading on")
 	}
 	if v.Less(3, 0, 0) {
 		out = append(out, "2.6 gives a caller that sends nothing 5 minutes (tcp: an hour) for its handshake: as many of them as half of -max-conn keep others out")

@@ -67,6 +67,10 @@ type Options struct {
 	access connect.AccessLog // of the snapshot
 
 	HelloTimeout bool // the version has timeout client-hs (3.0+)
+	DropTrailers bool // the version can drop the trailers of a request (3.2+)
+	LosesAnswers bool // the version loses an answer to who still sends (before 3.0)
+	TimesUploads bool // the version counts a pause of an upload as the server's silence (before 3.0)
+	BufferCache  bool // the version can keep more buffers for each thread (3.0+)
 	LuaBool      bool // the version wants tune.lua.bool-sample-conversion (3.1+)
 	SPOP         bool // the version has mode spop (3.1+), and keeps connections to the agent only in it
 }
@@ -245,11 +249,26 @@ func word(what, s string) (string, error) {
 // builder collects the lines of one section; the first error stays.
 type builder struct {
 	kind, name string
+	from       string // the defaults that the section inherits
 	lines      []string
 	err        error
 }
 
-func section(kind, name string) *builder { return &builder{kind: kind, name: name} }
+// section begins one. A proxy names the defaults that it inherits: HAProxy would take the
+// last ones before it.
+func section(kind, name string) *builder {
+	b := &builder{kind: kind, name: name}
+	if kind == "frontend" || kind == "backend" {
+		b.from = allDefaults
+	}
+	return b
+}
+
+// http makes a section of HTTP mode.
+func (b *builder) http() *builder {
+	b.from = httpDefaults
+	return b.add("mode http")
+}
 
 // add takes a line whose variable parts were checked by the caller.
 func (b *builder) add(format string, args ...any) *builder {
@@ -284,7 +303,11 @@ func (b *builder) build(comment string) (*Section, error) {
 	if strings.ContainsFunc(comment, func(r rune) bool { return r < ' ' || r > '~' }) {
 		return nil, fmt.Errorf("%s: the comment is not plain text", title)
 	}
-	raw := title + "\n  " + strings.Join(b.lines, "\n  ") + "\n"
+	first := title
+	if b.from != "" {
+		first += " from " + b.from
+	}
+	raw := first + "\n  " + strings.Join(b.lines, "\n  ") + "\n"
 	p, err := parser.New(options.Reader(strings.NewReader(raw)), options.NoNamedDefaultsFrom)
 	if err != nil {
 		return nil, fmt.Errorf("%s: config-parser: %w", title, err)

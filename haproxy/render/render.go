@@ -96,6 +96,9 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	}
 	c = &Config{Leaf: s.Leaf, Roots: s.Roots, Dir: o.Dir, Generation: generation, Files: map[string]string{}, Slots: map[string]*SlotTable{}}
 	c.Files[lua.SpiffeFile] = lua.Spiffe
+	if o.LosesAnswers {
+		c.Files[lua.DenyFile] = lua.Deny
+	}
 	c.Files[LeafList] = o.path(LeafFile) + " dummy.invalid\n" // haproxy.md, fact 3: a name filter, or 2.6 forgets client verification
 	c.Files[PolicyMap] = PolicyKey + " " + generation + "\n"
 
@@ -117,6 +120,7 @@ func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) 
 	connections := len(c.Sections) // known when the sockets are
 	c.Sections = append(c.Sections, nil)
 	add(o.defaults(), "defaults of every proxy below", nil)
+	add(section("defaults", httpDefaults+" from "+allDefaults).add("option abortonclose"), "what is asked of an application ends with who asked", nil)
 	add(o.admin(), "statistics and metrics, for haproxy-connect alone", nil)
 	if s.Inbound.Port != 0 {
 		c.Files[SPOEFile] = o.spoe(&s.Inbound)
@@ -327,18 +331,27 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	g.add("tune.ssl.default-dh-param 2048")
 	g.add("ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets")
 	g.add("ssl-default-server-options ssl-min-ver TLSv1.2 no-tls-tickets")
-	if forwardsCert(in) {
-		// X-Forwarded-Client-Cert carries certificates: room for it, beside as much
-		// of the request as without.
-		g.add("tune.bufsize 24576").add("tune.maxrewrite 8192")
+	// As Envoy under Consul takes them: 60 KiB of headers and a few hundred lines, and room
+	// for our own. It is the same in every proxy: one that sends more than the next one
+	// takes would lose the requests beside it on the same connection of HTTP/2.
+	g.add("tune.bufsize 73728").add("tune.maxrewrite 8192").add("tune.http.maxhdr 256")
+	if o.BufferCache { // as many of them as of HAProxy's own size, or each request costs a tenth more
+		g.add("tune.memory.hot-size 2359296")
 	}
 	g.add("httpclient.ssl.verify none") // unused; spares loading the system's CAs
 	g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
+	if o.LosesAnswers { // the parser takes one such line in a section
+		out = append(out, globalSection{section("global", "").add("lua-load-per-thread %s", o.path(lua.DenyFile)), "denials that callers hear while they still send"})
+	}
 	return append(out, globalSection{g, "the process"})
 }
 
+// Names of defaults sections. HAProxy 2.6 heeds abortonclose only where a frontend
+// inherits it, and it must not be where TCP connections may be half closed.
+const allDefaults, httpDefaults = "mesh", "mesh_http"
+
 func (o *Options) defaults() *builder {
-	return section("defaults", "mesh").
+	return section("defaults", allDefaults).
 		add("mode tcp").
 		add("log global").
 		add("option dontlognull").
@@ -430,13 +443,11 @@ const sess, txn = "sess.hc.", "txn.hc."
 func (o *Options) public(s *connect.Snapshot, limits int) (*builder, error) {
 	in := &s.Inbound
 	b := section("frontend", "public")
-	mode := "tcp"
-	if in.Protocol.IsHTTP() {
-		mode = "http"
-	}
-	b.add("mode %s", mode)
-	if mode == "http" {
-		b.add("option idle-close-on-response")
+	http := in.Protocol.IsHTTP()
+	if http {
+		b.http().add("option idle-close-on-response")
+	} else {
+		b.add("mode tcp")
 	}
 	alpn := ""
 	switch {
@@ -466,7 +477,7 @@ func (o *Options) public(s *connect.Snapshot, limits int) (*builder, error) {
 	o.log(b, in.Protocol.IsHTTP())
 	b.add("default_backend local_app")
 
-	if mode == "tcp" {
+	if !http {
 		b.add("tcp-request inspect-delay 5s")
 		b.add("tcp-request content send-spoe-group hc %s", spoe.MessageConnection)
 		b.add("tcp-request content reject unless { var(%s%s) -m str %s }", sess, spoe.VarVerdict, spoe.Allow)
@@ -510,6 +521,12 @@ func (o *Options) public(s *connect.Snapshot, limits int) (*builder, error) {
 	explain := ""
 	if o.ExplainDenials {
 		explain = " hdr X-Denied-Reason %[var(txn.reason)]"
+	}
+	if o.LosesAnswers {
+		if o.ExplainDenials {
+			b.add("http-request set-var(txn.explain) bool(true)")
+		}
+		b.add("http-request use-service %s if !{ var(txn.verdict) -m str %s } { req.ver 1.0 1.1 } !METH_GET !METH_HEAD", lua.DenyService, spoe.Allow)
 	}
 	b.add(`http-request return status 403 content-type text/plain string "RBAC: access denied"%s unless { var(txn.verdict) -m str %s }`, explain, spoe.Allow)
 	for _, p := range s.Policy.Providers() {
@@ -586,12 +603,14 @@ const (
 func requests(b *builder) {
 	b.add("http-request return status 405 if METH_CONNECT")
 	b.add("http-request return status 400 if { method -m reg -- [a-z] }")
-	b.add("http-request return status 400 unless { path -m beg -- / } or METH_OPTIONS { path -m str -- * }")
+	b.add("http-request return status 400 unless { path -m beg -- / } or METH_OPTIONS { url -m str -- * }")
 	b.add("http-request set-var(txn.websocket) bool(true) if { req.fhdr_cnt(Upgrade) eq 1 } { req.fhdr(Upgrade) -i -m str -- websocket }")
 	b.add("http-request del-header Upgrade unless { var(txn.websocket) -m bool }")
 	b.add("http-request del-header HTTP2-Settings")
 	b.add("http-request del-header Connection unless { var(txn.websocket) -m bool }")
 	b.add("http-request set-header Connection Upgrade if { var(txn.websocket) -m bool }")
+	// An application that switches all the same would open a tunnel all the same.
+	b.add("http-response return status 502 if { status 101 } !{ var(txn.websocket) -m bool }")
 }
 
 // ourHeaders are those by which only we tell the application who called.
@@ -657,11 +676,10 @@ func normalize(b *builder, n connect.Normalize) {
 	if !n.KeepPath {
 		b.add("%s", `http-request set-path "%[path,regsub(\\x5c,/,g)]" if { path -m reg -- \\x5c }`)
 		// The query is put aside meanwhile: it is the application's, as it came.
-		b.add("%s", "http-request set-var(txn.escapes) bool(true) if { path -m sub -- % }")
-		b.add("http-request set-var(txn.query) query if { var(txn.escapes) -m bool }")
-		b.add("%s", "http-request set-pathq %[path] if { var(txn.escapes) -m bool }")
-		b.add("http-request normalize-uri percent-decode-unreserved strict if { var(txn.escapes) -m bool }")
-		b.add("%s", "http-request set-query %[var(txn.query)] if { var(txn.query) -m found }")
+		b.add("%s", "http-request set-var(txn.query) pathq,regsub(^[^?]*,) if { path -m sub -- % }")
+		b.add("%s", "http-request set-pathq %[path] if { var(txn.query) -m found }")
+		b.add("http-request normalize-uri percent-decode-unreserved strict if { var(txn.query) -m found }")
+		b.add("%s", "http-request set-pathq %[path]%[var(txn.query)] if { var(txn.query) -m found }")
 		b.add("http-request normalize-uri path-strip-dot")
 		b.add("http-request normalize-uri path-strip-dotdot full")
 	}
@@ -718,9 +736,11 @@ func (o *Options) permissive(in *connect.Inbound, limits int) []*builder {
 							add("use_backend permissive_tls if %s", hello).
 							add("default_backend permissive_app")
 	tls := section("backend", "permissive_tls").add("mode tcp").add("timeout server %s", ms(in.LocalIdleTimeout)).
+		add("timeout tunnel %s", ms(in.LocalIdleTimeout)).
 		add("server public unix@%s send-proxy-v2", o.path(PublicSocket))
 	app := section("backend", "permissive_app").add("mode tcp").add("timeout connect %s", ms(in.LocalConnectTimeout)).
 		add("timeout server %s", ms(in.LocalIdleTimeout)).
+		add("timeout tunnel %s", ms(in.LocalIdleTimeout)).
 		word("server app", "local application's address", net.JoinHostPort(in.Local.Address, strconv.Itoa(in.Local.Port)))
 	return []*builder{front, tls, app}
 }
@@ -728,14 +748,15 @@ func (o *Options) permissive(in *connect.Inbound, limits int) []*builder {
 // unsecured is the 2018 demo's plain listener: never a mesh caller.
 func (o *Options) unsecured(in *connect.Inbound, ours []string, limits int) *builder {
 	b := section("frontend", "unsecured")
-	mode := "tcp"
 	if in.Protocol.IsHTTP() {
-		mode = "http"
+		b.http()
+	} else {
+		b.add("mode tcp")
 	}
-	b.add("mode %s", mode).add("bind %s", net.JoinHostPort("0.0.0.0", strconv.Itoa(in.UnsecuredPort)))
+	b.add("bind %s", net.JoinHostPort("0.0.0.0", strconv.Itoa(in.UnsecuredPort)))
 	b.add("maxconn %d", max(limits/8, 1))
 	o.log(b, in.Protocol.IsHTTP())
-	if mode == "http" {
+	if in.Protocol.IsHTTP() {
 		requests(b)
 		noCaller(b, ours)
 	}
@@ -746,16 +767,21 @@ func (o *Options) local(in *connect.Inbound) (*builder, error) {
 	b := section("backend", "local_app")
 	proto := ""
 	if in.Protocol.IsHTTP() {
-		b.add("mode http").add("http-reuse safe")
+		b.http().add("http-reuse safe")
 		if in.ForwardFor {
 			b.add("option forwardfor")
+		}
+		if o.DropTrailers && !in.Protocol.IsHTTP2() { // CGI and WSGI may read them as headers
+			b.add("option http-drop-request-trailers")
 		}
 		if in.Protocol.IsHTTP2() {
 			proto = " proto h2"
 		}
 		b.add("timeout server %s", ms(in.LocalRequestTimeout))
+		o.uploads(b, in.LocalRequestTimeout)
 	} else {
 		b.add("mode tcp").add("timeout server %s", ms(in.LocalIdleTimeout))
+		b.add("timeout tunnel %s", ms(in.LocalIdleTimeout)) // it counts once both sides are connected
 	}
 	b.add("timeout connect %s", ms(in.LocalConnectTimeout))
 	addr := "unix@" + in.Local.SocketPath
@@ -787,7 +813,7 @@ func exposeGroups(paths []connect.ExposePath) [][]connect.ExposePath {
 // expose opens exact paths of the application without mutual TLS.
 func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath, ours []string, limits int) ([]*builder, error) {
 	port := group[0].ListenPort
-	front := section("frontend", fmt.Sprintf("expose_%d", port)).add("mode http").
+	front := section("frontend", fmt.Sprintf("expose_%d", port)).http().
 		add("bind %s", net.JoinHostPort(in.Address, strconv.Itoa(port))).
 		add("maxconn %d", max(limits/8, 1))
 	o.log(front, true)
@@ -807,7 +833,7 @@ func (o *Options) expose(in *connect.Inbound, group []connect.ExposePath, ours [
 		if p.Protocol == connect.HTTP2 {
 			proto = " proto h2"
 		}
-		list = append(list, section("backend", name).add("mode http").add("timeout connect %s", ms(in.LocalConnectTimeout)).
+		list = append(list, section("backend", name).http().add("timeout connect %s", ms(in.LocalConnectTimeout)).
 			add("server app %s%s", net.JoinHostPort(in.Local.Address, strconv.Itoa(p.LocalPort)), proto))
 	}
 	front.add("http-request return status 404 unless { path -m str --%s }", known)
@@ -829,12 +855,13 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 	}
 	http := u.Protocol.IsHTTP()
 	f, b := section("frontend", "up_"+u.Name), section("backend", u.Target.Name)
-	mode := "tcp"
 	if http {
-		mode = "http"
+		f.http()
+		b.http()
+	} else {
+		f.add("mode tcp")
+		b.add("mode tcp").add("timeout tunnel %s", ms(u.IdleTimeout))
 	}
-	f.add("mode %s", mode)
-	b.add("mode %s", mode)
 	if p := u.Listen.SocketPath; p != "" {
 		f.word("bind", "socket path", "unix@"+p)
 		f.lines[len(f.lines)-1] += " mode " + u.Listen.SocketMode
@@ -864,6 +891,7 @@ func (o *Options) upstream(u *connect.Upstream, before *cached) (made *cached, e
 		// A request that may not be repeated is not: the server may have begun it.
 		b.add("http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }")
 		slots = class(u)
+		o.uploads(b, u.IdleTimeout)
 	} else {
 		if o.logs() { // also of a client that waits for the server to speak first
 			f.add("no option dontlognull")
@@ -941,6 +969,19 @@ func maxConn(u *connect.Upstream) int {
 	}
 	n := or(l.MaxConnections, envoyLimit)
 	return (n + len(u.Target.Endpoints) - 1) / len(u.Target.Endpoints)
+}
+
+// uploads keeps HAProxy 2.6 from taking a pause of who sends a body for the silence of the
+// one who waits for it. While a request comes in, and afterwards too, its answer then has
+// as long as an idle client, since nothing can shorten it again.
+func (o *Options) uploads(b *builder, silence time.Duration) {
+	if !o.TimesUploads || silence < 0 {
+		return
+	}
+	b.add("http-request set-var(txn.size) req.body_size")
+	b.add("http-request set-var(txn.size) req.hdr_val(content-length) if { req.hdr(content-length) -m found }")
+	b.add("http-request set-var(txn.upload) bool(true) if { req.hdr(transfer-encoding) -m found } || !{ req.hdr(content-length) -m found } { method POST PUT PATCH DELETE } || { req.body_len,sub(txn.size) lt 0 }")
+	b.add("http-request set-timeout server %s if { var(txn.upload) -m bool }", ms(max(silence, 5*time.Minute)))
 }
 
 // defaultQueue is how long a request waits for one of the connections that a limit
@@ -1086,7 +1127,7 @@ func (o *Options) connector(t *SlotTable) ([]*Section, error) {
 	in.add("tcp-request content set-dst var(%s),field(1,|)", lua.SpiffeIDsVar)
 	in.add("tcp-request content set-dst-port var(%s),field(2,|)", lua.SpiffeIDsVar)
 	in.add("default_backend tls_%s", t.Class)
-	out.add("mode tcp").add("retries 0").add("timeout connect %s", ms(ClassTimeout(t.Class))).add("timeout server 25h")
+	out.add("mode tcp").add("retries 0").add("timeout connect %s", ms(ClassTimeout(t.Class))).add("timeout server 25h").add("timeout tunnel 25h")
 	guard(out, lua.SpiffeSlot)
 	out.add("server endpoint 0.0.0.0:0%s", o.tlsOptions(ClassALPN(t.Class)))
 	a, err := in.build("connectors: a socket for each endpoint of an HTTP upstream")

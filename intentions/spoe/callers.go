@@ -77,12 +77,12 @@ const (
 	Stays       Judgement = iota
 	EndsTunnels           // its requests are judged one by one, but a tunnel has none any more
 	Ends
+	Unknown // nobody is remembered there: who called must not be guessed
 )
 
 // Judge applies the policy in force to what is open from an address. before is the
-// policy by which it was last judged; nil is none. Nobody is known at the address: the
-// session ends, as who called must not be guessed, unless it still waits to be let in:
-// then the question is yet to come. Several identities are known there: the session ends
+// policy by which it was last judged; nil is none. A session that still waits to be let in
+// stays: the question is yet to come. Where several identities are known, the session ends
 // if any of them is denied.
 func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy) Judgement {
 	list := a.caller(from)
@@ -90,7 +90,7 @@ func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy
 		if waits {
 			return Stays
 		}
-		return Ends
+		return Unknown
 	}
 	policy, out := a.Policy(), Stays
 	for _, who := range list {

@@ -247,7 +247,7 @@ func TestDeniedSessions(t *testing.T) {
 	require.Equal(t, Ends, a.Judge(from, false, nil))
 	require.True(t, a.AnyDenied())
 	other := netip.MustParseAddrPort("10.1.2.3:40001")
-	require.Equal(t, Ends, a.Judge(other, false, nil), "an unknown session was let in by somebody else")
+	require.Equal(t, Unknown, a.Judge(other, false, nil), "a session that was let in by somebody else")
 	require.Equal(t, Stays, a.Judge(other, true, nil), "a session that waits is asked about now")
 	a.Forget(nil)
 }
