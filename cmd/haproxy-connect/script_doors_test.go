@@ -147,8 +147,8 @@ func (w *world) cmdMeshChain(ts *testscript.TestScript, neg bool, args []string)
 	w.compare(ts, neg, args[0], exchange(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), args)
 }
 
-// half-close ADDR WAIT: says all it has to say, and waits for the answer of an application
-// of kind late, which comes after WAIT.
+// half-close ADDR WAIT [PAUSE]: says all it has to say, ends its side, at once or after
+// PAUSE, and waits for the answer of an application of kind late, which comes after WAIT.
 func (w *world) cmdHalfClose(ts *testscript.TestScript, _ bool, args []string) {
 	wait, err := time.ParseDuration(args[1])
 	ts.Check(err)
@@ -161,6 +161,11 @@ func (w *world) cmdHalfClose(ts *testscript.TestScript, _ bool, args []string) {
 		_ = c.SetDeadline(time.Now().Add(wait + 20*time.Second))
 		if _, err := fmt.Fprintf(c, "%s\n", wait); err != nil {
 			return "", err
+		}
+		if len(args) > 2 {
+			pause, err := time.ParseDuration(args[2])
+			ts.Check(err)
+			time.Sleep(pause) // what is tested is that time passes
 		}
 		if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 			return "", err
@@ -249,14 +254,23 @@ func (w *world) cmdLarge(ts *testscript.TestScript, _ bool, args []string) {
 	case "answer":
 		req.URL.RawQuery = "answer=" + args[3]
 	}
+	if len(args) == 4 && args[0] != "200" && args[2] != "answer" { // the answer may come before all is sent
+		c, err := net.DialTimeout("tcp", req.URL.Host, 5*time.Second)
+		ts.Check(err)
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = req.Write(c)
+		line, err := bufio.NewReader(c).ReadString('\n')
+		if !regexp.MustCompile(" (?:" + args[0] + ") ").MatchString(line) {
+			ts.Fatalf("large %q: %q, %v\n%s", args, line, err, w.allLogs())
+		}
+		return
+	}
 	tr := &http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: 1 << 20}
 	if len(args) > 4 {
 		tr = &http.Transport{Protocols: unencryptedHTTP2(), MaxResponseHeaderBytes: 1 << 20}
 	}
 	res, err := (&http.Client{Timeout: 5 * time.Second, Transport: tr}).Do(req)
-	if err != nil && strings.Contains(args[0], "error") {
-		return
-	}
 	ts.Check(err)
 	defer res.Body.Close()
 	b, _ := io.ReadAll(res.Body)
