@@ -5,6 +5,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -116,6 +117,9 @@ func (id SPIFFEID) String() string {
 	}
 	return "spiffe://" + id.TrustDomain + ap + "/ns/" + id.Namespace + "/dc/" + id.Datacenter + "/svc/" + id.Service
 }
+
+// LogValue is the URI, in a log of JSON too.
+func (id SPIFFEID) LogValue() slog.Value { return slog.StringValue(id.String()) }
 
 // SNI is the server name that Consul's proxies send for this service, with an
 // optional subset (agent/connect/sni.go).

@@ -96,7 +96,7 @@ type Can struct{ CACommit bool }
 // NewPlan compares. running nil means that nothing runs.
 func NewPlan(running, want *render.Config, can Can) Plan {
 	if running == nil {
-		return Plan{Reload: Start, Detail: "HAProxy is not running yet"}
+		return Plan{Reload: Start, Detail: "the first configuration"}
 	}
 	if p := structure(running, want); p.Reload != "" {
 		return p

@@ -23,7 +23,7 @@ import (
 // and names one fix per finding. Exit code 1 if something will not work.
 func cmdDoctor(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
-	fs := newFlags("doctor", &c, errw)
+	fs := newFlags("doctor", &c)
 	if err := parse(fs, &c, args); err != nil {
 		return err
 	}

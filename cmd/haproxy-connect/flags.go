@@ -1,15 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -68,7 +72,8 @@ var obsolete = map[string]string{
 	"stats-service-register": "register the metrics port with Consul yourself, if you need it there",
 }
 
-func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
+// newFlags are the flags of a command. Errors and help are told by parse's callers, once.
+func newFlags(name string, c *config) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	str := func(p *string, name, def, help string) { fs.StringVar(p, name, def, help) }
@@ -114,12 +119,7 @@ func newFlags(name string, c *config, errw io.Writer) *flag.FlagSet {
 	for old, why := range obsolete {
 		fs.Var(noop{&c.warnings, old, why}, old, "accepted, does nothing: "+why)
 	}
-	fs.Usage = func() {
-		fmt.Fprintf(errw, "%s\nFlags:\n", usage)
-		fs.SetOutput(errw)
-		fs.PrintDefaults()
-		fs.SetOutput(io.Discard)
-	}
+	fs.Usage = func() {}
 	return fs
 }
 
@@ -139,12 +139,15 @@ func (n noop) Set(string) error {
 // parse reads flags, then environment, then the file. Every error names its source.
 func parse(fs *flag.FlagSet, c *config, args []string) error {
 	if err := fs.Parse(args); err != nil {
-		if err == flag.ErrHelp {
-			return err
+		if errors.Is(err, flag.ErrHelp) {
+			return helpError{fs}
 		}
-		return usageError{oneLine(err)}
+		return flagError(fs, err)
 	}
 	c.args = fs.Args()
+	if len(c.args) > 0 && fs.Name() != program {
+		return usagef("unexpected argument %q", c.args[0])
+	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) {
 		given[f.Name] = true
@@ -152,42 +155,45 @@ func parse(fs *flag.FlagSet, c *config, args []string) error {
 			given[now] = true
 		}
 	})
-	var err error
-	set := func(name, value, from string) {
-		if err == nil {
-			if e := fs.Set(name, value); e != nil {
-				err = usagef("%s: %q: %v", from, value, oneLine(e))
-			}
-			given[name] = true
+	set := func(name, value, from string) error {
+		given[name] = true
+		if err := fs.Set(name, value); err != nil {
+			return usagef("%s: %q: %s", from, value, wanted(fs.Lookup(name)))
 		}
+		return nil
 	}
+	var err error
 	fs.VisitAll(func(f *flag.Flag) {
 		if given[f.Name] || aliases[f.Name] != "" || obsolete[f.Name] != "" {
 			return
 		}
 		own := "HAPROXY_CONNECT_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 		for _, name := range []string{own, environment[f.Name]} {
-			if v, ok := os.LookupEnv(name); ok && v != "" && !given[f.Name] {
-				set(f.Name, v, name)
+			if v, ok := os.LookupEnv(name); ok && v != "" && !given[f.Name] && !injected(name, v) && err == nil {
+				err = set(f.Name, v, name)
 			}
 		}
 	})
+	c.warnings = append(c.warnings, strangers(fs, os.Environ())...)
 	if err == nil && c.configFile != "" {
 		err = fromFile(fs, c.configFile, given, set)
 	}
 	return err
 }
 
-func fromFile(fs *flag.FlagSet, file string, given map[string]bool, set func(name, value, from string)) error {
+func fromFile(fs *flag.FlagSet, file string, given map[string]bool, set func(name, value, from string) error) error {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return usagef("-config-file %q: %v", file, unwrapPath(err))
 	}
 	var m map[string]any
-	if err := json.Unmarshal(b, &m); err != nil {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber() // 5 is "5" and not "5.000"
+	if err := d.Decode(&m); err != nil {
 		return usagef("-config-file %q: not a JSON object of flags: %v", file, err)
 	}
-	for k, v := range m {
+	for _, k := range slices.Sorted(maps.Keys(m)) { // the same error each time
+		v := m[k]
 		if fs.Lookup(k) == nil {
 			return usagef("-config-file %q: key %q is not a flag", file, k)
 		}
@@ -199,7 +205,14 @@ func fromFile(fs *flag.FlagSet, file string, given map[string]bool, set func(nam
 			values = list
 		}
 		for _, one := range values {
-			set(k, fmt.Sprint(one), fmt.Sprintf("-config-file %q: key %s", file, k))
+			switch one.(type) {
+			case string, bool, json.Number:
+			default:
+				return usagef("-config-file %q: key %q: want a string, a number, true or false, or a list of them", file, k)
+			}
+			if err := set(k, fmt.Sprint(one), fmt.Sprintf("-config-file %q: key %q", file, k)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -313,7 +326,12 @@ func (c *config) level() (slog.Level, error) {
 
 func (c *config) logger(w io.Writer) *slog.Logger {
 	level, _ := c.level() // validated
-	o := &slog.HandlerOptions{Level: level}
+	o := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration { // in JSON too
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		}
+		return a
+	}}
 	if c.logJSON {
 		return slog.New(slog.NewJSONHandler(w, o))
 	}

@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -50,6 +49,8 @@ func realMain(args []string, out, errw io.Writer) int {
 	if len(args) > 0 {
 		if _, ok := commands[args[0]]; ok {
 			name, args = args[0], args[1:]
+		} else if args[0] == "help" && len(args) > 1 && commands[args[1]] != nil {
+			name, args = args[1], []string{"-h"}
 		} else if args[0] == "help" {
 			fmt.Fprint(out, usage)
 			return exitOK
@@ -74,10 +75,12 @@ func realMain(args []string, out, errw io.Writer) int {
 	err := commands[name](ctx, args, out, errw)
 	var use usageError
 	var quiet silent
+	var asked helpError
 	switch {
 	case err == nil:
 		return exitOK
-	case errors.Is(err, flag.ErrHelp):
+	case errors.As(err, &asked):
+		help(asked.fs, out)
 		return exitOK
 	case errors.As(err, &quiet):
 		return quiet.code

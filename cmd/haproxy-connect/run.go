@@ -86,7 +86,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 		}
 		app = append([]string{path}, app[1:]...)
 	}
-	fs := newFlags("haproxy-connect", &c, errw)
+	fs := newFlags(program, &c)
 	version := fs.Bool("version", false, "print versions and exit")
 	if err := parse(fs, &c, args); err != nil {
 		return err
@@ -238,8 +238,14 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	defer endProc()
 	s.proc = process.New(process.Config{
 		Binary: s.binary, Dir: s.dir, File: filepath.Join(s.dir, render.MainFile), Log: s.log, Line: s.accessLine,
-		Serving: func() { s.manager.Restarted(); s.revoke.Wake() },
-		Died:    func(error) { s.restarts.Add(1) },
+		Serving: func() {
+			if n := s.restarts.Load(); n > 0 {
+				s.log.Info("HAProxy serves again", "restarts", n)
+			}
+			s.manager.Restarted()
+			s.revoke.Wake()
+		},
+		Died: func(error) { s.restarts.Add(1) },
 	})
 	s.revoke.agent, s.revoke.proc = s.agent, s.proc
 	s.ejector = &haproxy.Ejector{Log: s.log, Twice: f.SyncReload, Running: func() *render.Config { return s.manager.Status().Running },
@@ -336,6 +342,7 @@ func (s *sidecar) comeBack(ctx context.Context, id string) {
 		case <-s.app.began:
 		}
 	}
+	s.log.Info("ready")
 	notify("READY=1\nSTATUS=serving")
 	never := func(error) bool { return false }
 	_ = consul.Retry(ctx, never, func(err error) { // ends well, or with ctx
@@ -470,6 +477,7 @@ func (s *sidecar) retry(ctx context.Context, what string, try func(context.Conte
 		return err != nil && !errors.Is(err, consul.ErrNotRegistered) && !consul.Retryable(err)
 	}
 	return consul.Retry(ctx, final, func(err error) {
+		s.waiting(fmt.Sprintf("%s at %s: %v", what, s.client.Addr(), err))
 		s.log.Warn("waiting for "+what, "agent", s.client.Addr(), "because", err)
 	}, try)
 }

@@ -107,7 +107,12 @@ func cmdBad(ts *testscript.TestScript, _ bool, args []string) {
 	cmd.Env = append(os.Environ(), "HAPROXY_CONNECT_THREADS="+ts.Getenv("HAPROXY_CONNECT_THREADS"), "CONSUL_HTTP_ADDR="+ts.Getenv("CONSUL_HTTP_ADDR"))
 	_ = cmd.Run()
 	text := strings.TrimSuffix(errw.String(), "\n")
-	last := text[strings.LastIndex(text, "\n")+1:] // logs may come before it
+	last := text[strings.LastIndex(text, "\n")+1:] // logs may come before it, and nothing else
+	for line := range strings.Lines(text[:len(text)-len(last)]) {
+		if !strings.HasPrefix(line, "time=") {
+			ts.Fatalf("%q: more than one line: %.500q", args[1:], text)
+		}
+	}
 	if code := cmd.ProcessState.ExitCode(); code != exitUsage || !regexp.MustCompile(args[0]).MatchString(last) {
 		ts.Fatalf("%q: exit code %d, says %q; want code 2 and %q", args[1:], code, text, args[0])
 	}

@@ -40,7 +40,7 @@ func version() string {
 
 func cmdVersion(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
-	if err := parse(newFlags("version", &c, errw), &c, args); err != nil {
+	if err := parse(newFlags("version", &c), &c, args); err != nil {
 		return err
 	}
 	return printVersion(ctx, &c, out)
@@ -53,7 +53,7 @@ func printVersion(ctx context.Context, c *config, out io.Writer) error {
 	if bin, err := process.Find(ctx, c.haproxy); err != nil {
 		fmt.Fprintf(out, "haproxy         none: %v\n", err)
 	} else {
-		fmt.Fprintf(out, "haproxy         %s at %s, features %s\n", bin.Version, bin.Path, strings.Join(bin.Version.Features().Names(), " "))
+		fmt.Fprintf(out, "haproxy         %s at %s, features %s\n", bin.Version, bin.Path, cmp.Or(strings.Join(bin.Version.Features().Names(), " "), "none"))
 	}
 	client, err := consul.NewClient(c.consul)
 	if err != nil {
@@ -105,7 +105,7 @@ func once(ctx context.Context, c *config, log *slog.Logger) (*connect.Snapshot, 
 
 func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
-	if err := parse(newFlags("render", &c, errw), &c, args); err != nil {
+	if err := parse(newFlags("render", &c), &c, args); err != nil {
 		return err
 	}
 	if err := c.validate(); err != nil {
@@ -152,7 +152,7 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 // cmdCheck answers "may this caller?" from the agent, without the sidecar.
 func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
-	fs := newFlags("check", &c, errw)
+	fs := newFlags("check", &c)
 	source := fs.String("source", "", "calling service's `name` or SPIFFE ID")
 	method := fs.String("method", "", "HTTP `method` of the request")
 	path := fs.String("path", "", "`path` of the request; a query only matters for tokens")
@@ -226,24 +226,20 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 }
 
 // adminFlags are those of commands that talk to a running sidecar.
-func adminFlags(name string, addr *string, errw io.Writer) *flag.FlagSet {
+func adminFlags(name string, addr *string) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
+	fs.Usage = func() {}
 	fs.StringVar(addr, "admin-addr", cmp.Or(os.Getenv("HAPROXY_CONNECT_ADMIN_ADDR"), "127.0.0.1:1936"), "`address:port` of the running sidecar (HAPROXY_CONNECT_ADMIN_ADDR)")
-	fs.Usage = func() {
-		fmt.Fprintf(errw, "Usage: haproxy-connect %s [flags]\n", name)
-		fs.SetOutput(errw)
-		fs.PrintDefaults()
-	}
 	return fs
 }
 
 func parseAdmin(fs *flag.FlagSet, addr *string, args []string) error {
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
-			return err
+			return helpError{fs}
 		}
-		return usageError{oneLine(err)}
+		return flagError(fs, err)
 	}
 	if fs.NArg() > 0 {
 		return usagef("unexpected argument %q", fs.Arg(0))
@@ -280,7 +276,7 @@ func (c *cancelBody) Close() error { defer c.cancel(); return c.ReadCloser.Close
 
 func cmdWait(ctx context.Context, args []string, out, errw io.Writer) error {
 	var addr string
-	fs := adminFlags("wait", &addr, errw)
+	fs := adminFlags("wait", &addr)
 	limit := fs.Duration("timeout", time.Minute, "give up after this `duration`")
 	onlyOnce := fs.Bool("once", false, "ask once")
 	if err := parseAdmin(fs, &addr, args); err != nil {
@@ -319,7 +315,9 @@ func cmdWait(ctx context.Context, args []string, out, errw io.Writer) error {
 
 func cmdDrain(ctx context.Context, args []string, out, errw io.Writer) error {
 	var addr string
-	if err := parseAdmin(adminFlags("drain", &addr, errw), &addr, args); err != nil {
+	fs := adminFlags("drain", &addr)
+	wait := fs.Bool("wait", false, "return when the sidecar has ended")
+	if err := parseAdmin(fs, &addr, args); err != nil {
 		return err
 	}
 	res, err := ask(ctx, http.MethodPost, addr, "/drain")
@@ -330,12 +328,27 @@ func cmdDrain(ctx context.Context, args []string, out, errw io.Writer) error {
 	if res.StatusCode != http.StatusOK {
 		return fmt.Errorf("the sidecar at %s answers %s", addr, res.Status)
 	}
+	fmt.Fprintf(out, "the sidecar at %s finishes what is open, and ends\n", addr)
+	t := time.NewTicker(100 * time.Millisecond)
+	defer t.Stop()
+	for *wait {
+		if res, err := ask(ctx, http.MethodGet, addr, "/live"); err != nil {
+			break
+		} else {
+			res.Body.Close()
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-t.C:
+		}
+	}
 	return nil
 }
 
 func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 	var addr string
-	fs := adminFlags("status", &addr, errw)
+	fs := adminFlags("status", &addr)
 	if err := parseAdmin(fs, &addr, args); err != nil {
 		return err
 	}
@@ -351,6 +364,10 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 	state := "ready"
 	if !s.Ready {
 		state = "not ready: " + strings.Join(s.Reasons, "; ")
+	}
+	if s.Service == "" {
+		fmt.Fprintf(out, "haproxy-connect %s, %s\nnothing is known of the service yet\n", s.Version, state)
+		return nil
 	}
 	fmt.Fprintf(out, "%s (%s), HAProxy %s: %s\n", s.Service, s.Proxy, s.HAProxy, state)
 	if s.SPIFFEID != "" {

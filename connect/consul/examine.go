@@ -1,8 +1,10 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -68,8 +70,12 @@ func (c *Client) Examine(ctx context.Context, w Which) (f Facts, out []Finding) 
 		}
 	}
 
+	c.examineToken(ctx, say)
 	id, err := c.Lookup(ctx, w)
 	switch {
+	case isStatus(err, 403) && strings.Contains(err.Error(), "ACL not found"):
+		say("registration", Fail, "cannot be looked up: the token is unknown", "the token does not exist, or not any more: give another (-token-file)")
+		return f, out
 	case isStatus(err, 403):
 		say("registration", Fail, "the token may not read services", "use a token with a service identity of the service: -token-file")
 		return f, out
@@ -173,8 +179,73 @@ func (c *Client) examineUpstreams(ctx context.Context, s *api.AgentService, say 
 		case len(list) == 0:
 			say(what, Warn, "has no healthy endpoint", "is it registered with a sidecar, and do its checks pass? With ACLs, may the token read it?")
 		default:
-			say(what, OK, fmt.Sprintf("%d healthy endpoints", len(list)), "")
+			c.examineEndpoints(what, list, u.Datacenter != "" && u.Datacenter != s.Datacenter, say)
 		}
+	}
+}
+
+// examineEndpoints counts as the sidecar itself does.
+func (c *Client) examineEndpoints(what string, list []*api.ServiceEntry, wan bool, say sayer) {
+	all := endpoints(list, wan, false)
+	names := 0
+	for _, e := range all {
+		if isAddress(e.Address) {
+			continue
+		}
+		names++
+		if _, err := net.LookupHost(e.Address); err != nil {
+			say(what, Fail, "an instance is registered with the host name "+e.Address+", which cannot be looked up: "+err.Error(), "does this machine's name server know it? Else register the instance with an address")
+		}
+	}
+	switch {
+	case len(all) == 0:
+		say(what, Warn, fmt.Sprintf("of %d healthy instances none has an address and a port that can be called", len(list)), "register them with an address")
+	case len(all) == 1:
+		say(what, OK, "1 healthy endpoint", "")
+	default:
+		say(what, OK, fmt.Sprintf("%d healthy endpoints", len(all)), "")
+	}
+	if names > 0 {
+		say(what, OK, fmt.Sprintf("%d of them with a host name, which is looked up every %s", names, hostEvery), "")
+	}
+}
+
+// examineToken says whose token it is.
+func (c *Client) examineToken(ctx context.Context, say sayer) {
+	token, _, err := c.api.ACL().TokenReadSelf((&api.QueryOptions{}).WithContext(ctx))
+	switch {
+	case err != nil && strings.Contains(err.Error(), "ACL support disabled"):
+		say("token", OK, "none is needed: the agent has no ACLs", "")
+	case isStatus(err, 403):
+		say("token", Fail, "the token is unknown: "+trouble(err), "it does not exist, or not any more: give another (-token-file)")
+	case err != nil:
+		say("token", Warn, "cannot be read: "+trouble(err), hint(err))
+	case token.AccessorID == "00000000-0000-0000-0000-000000000002":
+		say("token", Warn, "none was given: the anonymous token is used", "with ACLs, give one with a service identity of the service: -token-file")
+	default:
+		var has []string
+		for _, id := range token.ServiceIdentities {
+			has = append(has, "service identity "+id.ServiceName)
+		}
+		for _, p := range token.Policies {
+			has = append(has, "policy "+p.Name)
+		}
+		for _, r := range token.Roles {
+			has = append(has, "role "+r.Name)
+		}
+		text := "accessor " + token.AccessorID + ", " + cmp.Or(strings.Join(has, ", "), "without any policy")
+		if token.ExpirationTime != nil {
+			text += ", expires " + token.ExpirationTime.UTC().Format(time.RFC3339)
+			if time.Until(*token.ExpirationTime) < time.Hour {
+				say("token", Warn, text, "write a new one into the -token-file before it expires; it is read again when it changes")
+				return
+			}
+		}
+		level, fix := OK, ""
+		if len(has) == 0 {
+			level, fix = Warn, "such a token sees nothing where ACLs deny by default: give it a service identity of the service"
+		}
+		say("token", level, text, fix)
 	}
 }
 

@@ -65,6 +65,7 @@ type Process struct {
 
 	refusals atomic.Uint64
 	inherits atomic.Bool
+	ending   atomic.Bool // HAProxy was asked to end: that it does is no alert
 }
 
 // New makes a process that is not running.
@@ -435,6 +436,7 @@ func exited(err error, said string) error {
 // end sends a signal, then stronger ones, until the child has gone.
 func (p *Process) end(c *child, first syscall.Signal, patience time.Duration) {
 	defer p.closePipes(c)
+	p.ending.Store(true)
 	for _, step := range []struct {
 		sig  syscall.Signal
 		wait time.Duration
@@ -517,7 +519,7 @@ func (p *Process) alert(s string) {
 		return
 	}
 	switch {
-	case strings.Contains(s, "Lua filter 'spiffe'"): // how a refusal is carried out
+	case p.ending.Load(), strings.Contains(s, "Lua filter 'spiffe'"): // the second is how a refusal is carried out
 		p.conf.Log.Debug("haproxy", "says", clean(s))
 	case strings.HasPrefix(s, "[ALERT]") && p.first(pids.ReplaceAllString(s, "")):
 		p.conf.Log.Warn("haproxy", "says", clean(s))

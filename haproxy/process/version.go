@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"regexp"
@@ -37,6 +38,9 @@ func (v Version) Less(major, minor, patch int) bool {
 
 // String is "3.2.26".
 func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Patch) }
+
+// LogValue is the version in words also in a log of JSON.
+func (v Version) LogValue() slog.Value { return slog.StringValue(v.String()) }
 
 // Features are the choices that depend on the version, decided once. The facts
 // behind each are measured, not read from change logs, where it says so.
