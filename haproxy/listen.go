@@ -23,12 +23,8 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 	if m.conf.Proxy.Inherits() {
 		return &less, taken, nil
 	}
-	var held []connect.Listener
-	if m.served.inbound != nil {
-		held = m.served.inbound.Listeners()
-	}
 	for _, l := range snap.Inbound.Listeners() {
-		if slices.ContainsFunc(held, l.Clashes) {
+		if m.served.holds(l) {
 			continue // HAProxy has it, or binds it beside what it has
 		}
 		err := m.bindable(l)
@@ -57,19 +53,11 @@ func (m *Manager) listenableUpstreams(snap *connect.Snapshot) (taken []*render.R
 			delete(m.excluded, u)
 		}
 	}
-	var running map[string]connect.Listener // also while HAProxy is being started again, it may have them already
 	held := func(i int, u *connect.Upstream) bool {
-		if have := m.served.upstreams; i < len(have) && have[i].Name == u.Name {
-			return have[i].Listen == u.Listen
+		if have := m.served.upstreams; i < len(have) && have[i].Name == u.Name && have[i].Listen == u.Listen {
+			return true
 		}
-		if running == nil {
-			running = make(map[string]connect.Listener, len(m.served.upstreams))
-			for _, u := range m.served.upstreams {
-				running[u.Name] = u.Listen
-			}
-		}
-		l, ok := running[u.Name]
-		return ok && l == u.Listen
+		return m.served.holds(u.Listen)
 	}
 	inherits := m.conf.Proxy.Inherits()
 	var open []*connect.Upstream
@@ -93,6 +81,27 @@ func (m *Manager) listenableUpstreams(snap *connect.Snapshot) (taken []*render.R
 		snap.Upstreams = open
 	}
 	return taken
+}
+
+// holds reports whether HAProxy listens there, for whatever of ours: also while it is
+// being started again, when it may have its listeners already.
+func (s *served) holds(l connect.Listener) bool {
+	if s.held == nil {
+		s.held = map[connect.Listener][]connect.Listener{}
+		add := func(l connect.Listener) {
+			key := connect.Listener{Port: l.Port, SocketPath: l.SocketPath}
+			s.held[key] = append(s.held[key], l)
+		}
+		for _, u := range s.upstreams {
+			add(u.Listen)
+		}
+		if s.inbound != nil {
+			for _, l := range s.inbound.Listeners() {
+				add(l)
+			}
+		}
+	}
+	return slices.ContainsFunc(s.held[connect.Listener{Port: l.Port, SocketPath: l.SocketPath}], l.Clashes)
 }
 
 // bindable tries an address and gives it back.

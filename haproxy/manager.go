@@ -118,7 +118,8 @@ type Manager struct {
 // served is what the listeners of a configuration were made of.
 type served struct {
 	upstreams []*connect.Upstream
-	inbound   *connect.Inbound // nil: nothing runs
+	inbound   *connect.Inbound                        // nil: nothing runs
+	held      map[connect.Listener][]connect.Listener // by port or path; nil: not made yet
 }
 
 // NewManager makes a manager that does nothing before Run.

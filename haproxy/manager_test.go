@@ -32,13 +32,22 @@ type fakeProxy struct {
 	checkErr, reloadErr error
 	commands            []string
 	fail                string // commands that contain it are refused
+	refuse              string // a configuration with this line is refused
 	file                string
 	loaded              string // haproxy.cfg at the last start or reload
 }
 
-func (f *fakeProxy) Check(context.Context, string) error {
+func (f *fakeProxy) Check(_ context.Context, file string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.refuse != "" {
+		b, _ := os.ReadFile(file)
+		for i, line := range strings.Split(string(b), "\n") {
+			if strings.HasPrefix(line, f.refuse) {
+				return fmt.Errorf("HAProxy refuses the configuration: [ALERT] config : parsing [%s:%d] : no", file, i+1)
+			}
+		}
+	}
 	return f.checkErr
 }
 
@@ -461,4 +470,64 @@ func cpu() time.Duration {
 	var u syscall.Rusage
 	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u)
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// A refused line of one upstream leaves out that upstream, as it is, and no other.
+func TestARefusedUpstreamIsLeftOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		defer b.stop()
+		b.want("api:1")
+		synctest.Wait()
+		b.proxy.mu.Lock()
+		b.proxy.refuse = "frontend up_bad"
+		b.proxy.mu.Unlock()
+		b.want("api:1", "bad:1", "db:1")
+		time.Sleep(5 * time.Second)
+		st := b.m.Status()
+		require.Empty(t, st.Err)
+		require.NotNil(t, st.Running.Find("frontend up_db"))
+		require.NotNil(t, st.Running.Find("frontend up_api"))
+		require.Nil(t, st.Running.Find("frontend up_bad"))
+		require.Len(t, st.Refused, 1)
+		require.Contains(t, st.Refused[0], "HAProxy refuses its configuration")
+	})
+}
+
+// While a reload fails, what needs none goes on: endpoints, policies, the leaf.
+func TestAFailingReloadHoldsUpNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		defer b.stop()
+		b.want("api:1")
+		synctest.Wait()
+		b.proxy.mu.Lock()
+		b.proxy.reloadErr = errors.New("a port is taken")
+		b.proxy.mu.Unlock()
+		b.want("api:1", "db:1")
+		time.Sleep(5 * time.Second)
+		require.Contains(t, b.m.Status().Err, "a port is taken")
+		_, _, before := b.proxy.counts()
+		leaf, err := b.ca.Leaf("www", 72*time.Hour)
+		require.NoError(t, err)
+		b.leaf = leaf
+		b.want("api:13", "db:1")
+		time.Sleep(5 * time.Second)
+		_, _, commands := b.proxy.counts()
+		text := strings.Join(commands[len(before):], "\n")
+		require.Contains(t, text, "add server api.default.dc1/e3.")
+		require.Contains(t, text, "commit ssl cert")
+		require.NotContains(t, text, "db.default.dc1")
+		require.Equal(t, 1, strings.Count(text, "add server"), "once, not with each try")
+		conf, err := os.ReadFile(b.proxy.file)
+		require.NoError(t, err)
+		require.Equal(t, 2, endpointLines(string(conf)), "the file says what runs")
+		require.NotContains(t, string(conf), "up_db")
+		b.proxy.mu.Lock()
+		b.proxy.reloadErr = nil
+		b.proxy.mu.Unlock()
+		time.Sleep(time.Minute)
+		require.Empty(t, b.m.Status().Err)
+		require.NotNil(t, b.m.Status().Running.Find("frontend up_db"))
+	})
 }

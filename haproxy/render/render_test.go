@@ -384,3 +384,43 @@ func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 	}
 	require.Empty(t, Slots(map[string]string{"x": "junk\n1 2\n-5 x\n"}).Slots["x"].Values)
 }
+
+// Whoever chooses names and addresses so that two endpoints become one server takes down
+// nobody: HAProxy would refuse the whole configuration.
+func TestTwoServersOfOneName(t *testing.T) {
+	p := newIdentity(t)
+	s := p.snapshot(0, 0)
+	u := p.upstream("db", connect.TCP, 9000, 2)
+	u.Target.Endpoints[1] = u.Target.Endpoints[0]
+	s.Upstreams = append(s.Upstreams, u, p.upstream("api", connect.HTTP, 9001, 2))
+	c := mustRender(t, s, Options{}, nil)
+	require.Len(t, c.Find("backend "+u.Target.Name).Servers, 1)
+	require.Len(t, c.Find("backend "+s.Upstreams[len(s.Upstreams)-1].Target.Name).Servers, 2)
+}
+
+func TestMerge(t *testing.T) {
+	p := newIdentity(t)
+	now := p.snapshot(0, 0)
+	api, db := p.upstream("api", connect.HTTP, 9001, 2), p.upstream("db", connect.TCP, 9000, 1)
+	now.Upstreams = []*connect.Upstream{api, db}
+	running := mustRender(t, now, Options{}, nil)
+	next := *now
+	more := *api
+	more.Target.Endpoints = append(slices.Clone(api.Target.Endpoints[1:]), connect.Endpoint{Name: "new", Address: "10.9.9.9", Port: 1, Weight: 1})
+	next.Upstreams = []*connect.Upstream{&more, p.upstream("other", connect.TCP, 9003, 1)}
+	want := mustRender(t, &next, Options{}, running)
+	merged := Merge(running, want)
+	require.Len(t, merged.Sections, len(running.Sections))
+	require.NotNil(t, merged.Find("frontend up_db"), "what is to go stays until the reload")
+	require.Nil(t, merged.Find("frontend up_other"))
+	require.Equal(t, want.Find("backend "+api.Target.Name).Servers, merged.Find("backend "+api.Target.Name).Servers)
+	have := used(merged, "h1-5000")
+	for v, id := range used(want, "h1-5000") {
+		require.Equal(t, id, have[v])
+	}
+	for v, id := range used(running, "h1-5000") {
+		require.Equal(t, id, have[v], "a server of what runs may still use it")
+	}
+	again := mustRender(t, &next, Options{}, merged)
+	require.Equal(t, used(want, "h1-5000"), used(again, "h1-5000"))
+}

@@ -132,8 +132,8 @@ say "the mesh is up (www may call redis now); Ctrl-C ends it"
 cat <<TXT
   Consul's UI            http://127.0.0.1:8500/ui   (token: mastertoken)
   www                    http://127.0.0.1:21002/
-  www's sidecar          http://127.0.0.1:1936/stats, /metrics, /status.json, /config
-  redis's sidecar        http://127.0.0.1:1937/stats, /metrics, /status.json, /config
+  www's sidecar          http://127.0.0.1:1936/   and /metrics /status.json /config /stats
+  redis's sidecar        http://127.0.0.1:1937/   and /metrics /status.json /config /stats
   toggle the intention   CONSUL_HTTP_TOKEN=mastertoken $consul intention delete www redis
 TXT
-while :; do sleep 3600 & wait $!; done
+wait # until Ctrl-C, or until everything has ended by itself

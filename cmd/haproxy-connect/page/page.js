@@ -40,7 +40,7 @@ const callers = (s) => {
   const labels = ["Caller", "Allowed", "Denied", "Why denied, last time"];
   const all = s.callers || [];
   $("callers").hidden = all.length === 0;
-  $("callers-note").textContent = !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet."
+  $("callers-note").textContent = !s.known || !s.service ? "Not known yet." : !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet."
     : "Verdicts: one for each connection and policy, one for each request where an intention looks at requests.";
   fill($("callers").tBodies[0], all.map((c) => row(labels, [
     c.source ? service(c.source) + (service(c.source) === c.source ? "" : " (" + c.source + ")") : "no identity",
@@ -50,6 +50,7 @@ const callers = (s) => {
 };
 
 const self = (s) => {
+  if (!s.service) { fill($("self"), list([["Service", "not known yet"]])); return; }
   const pairs = [["Identity", s.spiffe_id], ["Listens", s.listen ? s.listen + ", " + s.protocol : "no: it only calls"]];
   if (s.leaf) {
     const [text, cls] = left(s.leaf.until);
@@ -65,6 +66,7 @@ const self = (s) => {
 
 const upstreams = (s) => {
   const labels = ["Endpoint", "Health", "Weight", "Open", "Latency", "Identity"];
+  if (!s.service) { fill($("upstreams"), [el("p", "Not known yet.", "note")]); return; }
   if (s.upstreams.length === 0) { fill($("upstreams"), [el("p", "None.", "note")]); return; }
   fill($("upstreams"), s.upstreams.flatMap((u) => {
     const head = el("h3", u.name + " ");
@@ -92,7 +94,7 @@ const haproxy = (s) => {
     ["Changes without a reload", count(s.runtime_commands)],
     ["Workers that finish", count(s.old_workers)], ["Endpoints that drain", count(s.draining_servers)],
     ["Restarts", count(s.haproxy_restarts), s.haproxy_restarts ? "warn" : ""],
-    ["Sessions ended by a new deny", count(s.revoked_sessions)],
+    ["Sessions ended by a new deny", count(s.revoked_sessions) + (s.revocation_pending ? ", more to judge" : ""), s.revocation_pending ? "warn" : ""],
     ["Wrong identities met", count(s.identity_refusals), s.identity_refusals ? "bad" : ""],
     ["Trouble", s.error, "bad"],
   ]));
