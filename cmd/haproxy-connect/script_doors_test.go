@@ -27,7 +27,7 @@ func init() {
 		"mesh-raw": (*world).cmdMeshRaw, "mesh-websocket": (*world).cmdMeshWebSocket, "silent": (*world).cmdSilent, "mesh-chain": (*world).cmdMeshChain,
 		"plain-raw": (*world).cmdPlainRaw, "half-close": (*world).cmdHalfClose, "give-up": (*world).cmdGiveUp, "slow-upload": (*world).cmdSlowUpload,
 		"large": (*world).cmdLarge, "spread": (*world).cmdSpread, "file": (*world).cmdFile, "stop-master": (*world).cmdStopMaster, "early-answer": (*world).cmdEarlyAnswer,
-		"counted": (*world).cmdCounted, "fails": (*world).cmdFails,
+		"burst": (*world).cmdBurst, "at-once": (*world).cmdAtOnce, "counted": (*world).cmdCounted, "fails": (*world).cmdFails,
 	} {
 		worldCommands[name] = inWorld(f)
 	}
@@ -398,6 +398,58 @@ func (w *world) cmdFails(ts *testscript.TestScript, _ bool, args []string) {
 		n = 1
 	}
 	w.counts[args[0]+" fails"].Store(n)
+}
+
+// burst N URL STATUS=COUNT...: so many requests at once, and their answers.
+func (w *world) cmdBurst(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	codes := make(chan int, n)
+	for range n {
+		go func() {
+			res, err := (&http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}).Get(args[1])
+			if err != nil {
+				codes <- 0
+				return
+			}
+			_, _ = io.Copy(io.Discard, res.Body)
+			res.Body.Close()
+			codes <- res.StatusCode
+		}()
+	}
+	got := map[string]int{}
+	for range n {
+		got[strconv.Itoa(<-codes)]++
+	}
+	for _, a := range args[2:] {
+		code, count, _ := strings.Cut(a, "=")
+		if strconv.Itoa(got[code]) != count {
+			ts.Fatalf("burst: %v, want %q\n%s", got, args[2:], w.allLogs())
+		}
+	}
+}
+
+// at-once APP N: so many requests were under way at most since the last time.
+func (w *world) cmdAtOnce(ts *testscript.TestScript, _ bool, args []string) {
+	if got := w.counts[args[0]+" at once"].Swap(0); strconv.FormatInt(got, 10) != args[1] {
+		ts.Fatalf("at-once: %d, want %s", got, args[1])
+	}
+}
+
+// atOnce keeps the greatest number of requests under way.
+type atOnce struct {
+	now  atomic.Int64
+	most *atomic.Int64
+}
+
+func (a *atOnce) begin() {
+	n := a.now.Add(1)
+	for {
+		m := a.most.Load()
+		if n <= m || a.most.CompareAndSwap(m, n) {
+			return
+		}
+	}
 }
 
 // serveSwitch answers every request with 101 and echoes what follows: an application that

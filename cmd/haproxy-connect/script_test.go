@@ -179,6 +179,7 @@ func newWorld(e *testscript.Env, consul, haproxy, version string) error {
 	e.Setenv("HAPROXY", haproxy)
 	e.Setenv("DIR", dir)
 	e.Setenv("BIG", strings.Repeat("0123456789", 6000))
+	e.Setenv("LONG", strings.Repeat("a", 5000))
 	e.Setenv("CONSUL_HTTP_TOKEN", "mastertoken")
 	e.Defer(w.close)
 	return nil
@@ -397,8 +398,8 @@ func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Setenv(envName(name)+"_PORT", strconv.Itoa(a.Port))
 	}
 	count := &atomic.Int64{}
-	w.counts[name], w.counts[name+" fails"], w.counts[name+" given up"] = count, &atomic.Int64{}, &atomic.Int64{}
-	serveApp(ln, name, kind, count, w.counts[name+" fails"], w.counts[name+" given up"])
+	w.counts[name], w.counts[name+" fails"], w.counts[name+" given up"], w.counts[name+" at once"] = count, &atomic.Int64{}, &atomic.Int64{}, &atomic.Int64{}
+	serveApp(ln, name, kind, w.counts)
 }
 
 func unencryptedHTTP2() *http.Protocols {
@@ -407,7 +408,9 @@ func unencryptedHTTP2() *http.Protocols {
 	return &p
 }
 
-func serveApp(ln net.Listener, name, kind string, count, fails, given *atomic.Int64) {
+func serveApp(ln net.Listener, name, kind string, counts map[string]*atomic.Int64) {
+	count, fails, given := counts[name], counts[name+" fails"], counts[name+" given up"]
+	under := &atOnce{most: counts[name+" at once"]}
 	switch kind {
 	case "switch":
 		go serveSwitch(ln, count)
@@ -450,6 +453,8 @@ func serveApp(ln net.Listener, name, kind string, count, fails, given *atomic.In
 			if strings.Contains(r.URL.Path, strings.ReplaceAll(forbidden, " ", "-")) {
 				unauthorized.Add(1)
 			}
+			under.begin()
+			defer under.now.Add(-1)
 			if misbehave(rw, r, name, fails, given) {
 				return
 			}
@@ -1151,15 +1156,24 @@ func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 // leaf of SERVICE; what it reads after the handshake is counted.
 func (w *world) cmdTLSServer(ts *testscript.TestScript, _ bool, args []string) {
 	name, kind := args[0], args[2]
-	leaf, err := w.ca.Leaf(args[1], time.Hour)
-	ts.Check(err)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
 	w.env.Defer(func() { ln.Close() })
-	ts.Setenv(envName(name)+"_PORT", strconv.Itoa(ln.Addr().(*net.TCPAddr).Port))
+	port := strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
+	ts.Setenv(envName(name)+"_PORT", port)
+	uri := w.ca.ID(args[1]).String()
+	if args[1] == "PORT" { // a certificate that names its own port, which no service is called
+		uri = port
+	}
+	u, err := url.Parse(uri)
+	ts.Check(err)
+	chain, key, err := w.ca.Sign([]*url.URL{u}, time.Now().Add(-time.Minute), time.Hour)
+	ts.Check(err)
+	pair, err := tls.X509KeyPair([]byte(chain), []byte(key))
+	ts.Check(err)
 	count, hellos := &atomic.Int64{}, &atomic.Int64{}
 	w.counts[name], w.counts[name+"-hellos"] = count, hellos
-	conf := &tls.Config{Certificates: []tls.Certificate{leaf.TLS()}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"http/1.1"},
+	conf := &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"http/1.1"},
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			hellos.Add(1)
 			if kind == "slow" {

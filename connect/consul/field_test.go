@@ -2,8 +2,19 @@ package consul
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -242,4 +253,43 @@ func TestOwnListenersClash(t *testing.T) {
 		require.Equal(t, c.left, ports, name)
 		require.Equal(t, name != "apart", len(n) > 0, name)
 	}
+}
+
+// A CA file that is written anew is read anew: the agent's certificate is of another CA now.
+func TestTLSFilesAreReadAgain(t *testing.T) {
+	dir := t.TempDir()
+	ca := filepath.Join(dir, "ca.pem")
+	h := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{}`) })
+	serve := func(addr string) *httptest.Server {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		require.NoError(t, err)
+		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+			IsCA: true, BasicConstraintsValid: true}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		require.NoError(t, err)
+		s := httptest.NewUnstartedServer(h)
+		if addr != "" {
+			s.Listener.Close()
+			require.Eventually(t, func() bool { s.Listener, err = net.Listen("tcp", addr); return err == nil }, 5*time.Second, 10*time.Millisecond)
+		}
+		s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+		s.StartTLS()
+		text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+		require.NoError(t, os.WriteFile(ca, append(text, strings.Repeat("\n", len(addr))...), 0o600)) // of another size
+		return s
+	}
+	first := serve("")
+	t.Setenv("CONSUL_HTTP_SSL_VERIFY", "true")
+	client, err := NewClient(Config{Addr: first.URL, CAFile: ca})
+	require.NoError(t, err)
+	ask := func() error {
+		_, err := client.Lookup(t.Context(), Which{SidecarFor: "web"})
+		return err
+	}
+	require.ErrorIs(t, ask(), ErrNotRegistered)
+	addr := first.Listener.Addr().String()
+	first.Close()
+	second := serve(addr)
+	defer second.Close()
+	require.Eventually(t, func() bool { return errors.Is(ask(), ErrNotRegistered) }, 10*time.Second, 50*time.Millisecond, "%v", ask())
 }

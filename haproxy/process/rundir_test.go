@@ -128,3 +128,15 @@ func TestStrangersAreNotOurs(t *testing.T) {
 	}
 	require.Equal(t, []int{ours.Process.Pid}, running(file))
 }
+
+// HAProxy shows its environment to whoever reaches its sockets.
+func TestNoTokenInTheEnvironment(t *testing.T) {
+	t.Setenv("CONSUL_HTTP_TOKEN", "secret")
+	t.Setenv("HAPROXY_CONNECT_TOKEN", "secret")
+	t.Setenv("NOTIFY_SOCKET", "/x")
+	for _, v := range environment() {
+		require.NotContains(t, v, "secret")
+		require.NotContains(t, v, "NOTIFY_SOCKET")
+	}
+	require.Contains(t, environment(), "PATH="+os.Getenv("PATH"))
+}
