@@ -83,7 +83,8 @@ func (r *revocations) Run(ctx context.Context) {
 		case <-aged:
 			old = true
 		}
-		if !r.due() {
+		if !r.due() { // nobody can be here, and a start of HAProxy wakes us
+			r.pending.Store(false)
 			continue
 		}
 		r.pending.Store(true)
@@ -171,7 +172,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	}
 	ended, live, e := haproxy.EndSessions(ctx, list, ofSessions)
 	err = errors.Join(err, e)
-	if r.agent.AnyDenied() {
+	if r.judged != policy && r.agent.AnyDenied() {
 		if n := r.proc.EndLost(); n > 0 {
 			r.log.Warn("ended a HAProxy that no command reaches, as it may have sessions of a caller that is denied now", "processes", n)
 		}

@@ -41,7 +41,7 @@ func (p *Process) Workers(ctx context.Context) ([]Worker, error) {
 	sockets, _ := filepath.Glob(filepath.Join(p.conf.Dir, "sock", beforeSockets)) // the pattern is good
 	for _, s := range sockets {
 		list, err := workersOf(ctx, runtimeapi.Socket(s), "")
-		if errors.Is(err, syscall.ECONNREFUSED) { // its master has gone, and its workers with it
+		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) { // its master has gone, and its workers with it
 			_ = os.Remove(s)
 			continue
 		}

@@ -159,7 +159,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 	}
 	switch name {
 	case "START_TIME":
-		return "%[var(" + t.remember("start", "date()", true) + "),utime(%Y-%m-%dT%H:%M:%S)]Z", false
+		return "%[var(" + t.remember("start", "date()") + "),utime(%Y-%m-%dT%H:%M:%S)]Z", false
 	case "BYTES_RECEIVED":
 		return "%U", true
 	case "BYTES_SENT":
@@ -186,7 +186,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 	case "LISTENER":
 		return "%f", false
 	case "REQUESTED_SERVER_NAME":
-		return sample("var(" + t.remember("sni", "ssl_fc_sni", inJSON) + ")"), false
+		return sample("var(" + t.remember("sni", "ssl_fc_sni") + ")"), false
 	case "DOWNSTREAM_PEER_URI_SAN":
 		return sample("var(sess.hc.source)"), false
 	case "VERDICT", "RULE", "REASON":
@@ -206,12 +206,12 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 			case h == ":method":
 				return sample("capture.req.method"), false
 			case h == ":path":
-				return sample("capture.req.uri"), false
+				return sample(fmt.Sprintf("capture.req.uri,bytes(0,%d)", longestPath)), false
 			case h == ":authority":
-				return sample("var(" + t.remember("h_host", "req.hdr(host)", inJSON) + ")"), false
+				return sample("var(" + t.remember("h_host", "req.hdr(host)") + ")"), false
 			case strings.HasPrefix(h, ":") || strings.HasPrefix(h, "x-envoy-"):
 			case plainHeader.MatchString(h):
-				return sample("var(" + t.remember("h_"+strings.ReplaceAll(h, "-", "_"), "req.hdr("+h+")", inJSON) + ")"), false
+				return sample("var(" + t.remember("h_"+strings.ReplaceAll(h, "-", "_"), "req.hdr("+h+")") + ")"), false
 			}
 		}
 	case "RESP":
@@ -219,7 +219,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 		case h == "x-envoy-upstream-service-time":
 			return "%Tr", true
 		case plainHeader.MatchString(h):
-			return sample("var(" + t.remember("r_"+strings.ReplaceAll(h, "-", "_"), "res.hdr("+h+")", inJSON) + ")"), false
+			return sample("var(" + t.remember("r_"+strings.ReplaceAll(h, "-", "_"), "res.hdr("+h+")") + ")"), false
 		}
 	}
 	return "", false
@@ -227,19 +227,28 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 
 var plainHeader = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
 
-// longestField bounds, in bytes, what a caller can write into one field of a line: a line
-// that HAProxy cuts is no JSON any more. JSON may need six bytes for one.
-const longestField = 256
+// Bounds, in bytes, of what a caller can write into one field of a line: a line that
+// HAProxy cuts is no JSON any more. Of Envoy's default fields all together, in JSON, fit
+// into what a pipe takes at once (4,096 bytes).
+const (
+	longestField = 128
+	longestAgent = 192
+	longestPath  = 640
+)
 
-// remember keeps a sample in a variable until the line is written: as much of it as has a
-// place in a line and, unless JSON quotes it, without what a terminal would obey.
-func (t *translation) remember(name, sample string, inJSON bool) string {
-	if name != "start" {
-		sample += fmt.Sprintf(",bytes(0,%d)", longestField)
+// bounded is a sample cut to its bound, and without what a terminal would obey.
+func bounded(sample string) string {
+	most := longestField
+	if sample == "req.hdr(user-agent)" {
+		most = longestAgent
 	}
-	if !inJSON {
-		name += "_text"
-		sample += ",regsub([[:cntrl:]],?,g)"
+	return fmt.Sprintf("%s,bytes(0,%d),regsub([[:cntrl:]],?,g)", sample, most)
+}
+
+// remember keeps a sample in a variable until the line is written.
+func (t *translation) remember(name, sample string) string {
+	if name != "start" {
+		sample = bounded(sample)
 	}
 	scope, rule := "sess.al_", "tcp-request session set-var(sess.al_%s) %s"
 	if t.http {

@@ -17,7 +17,7 @@ func TestAccessFormats(t *testing.T) {
 		tcp  string
 	}{
 		"operators":    {connect.AccessLog{Text: "%REQ(:METHOD)% %RESPONSE_CODE% %BYTES_SENT%"}, `access %[capture.req.method] %ST %B`, `access - - %B`},
-		"alternatives": {connect.AccessLog{Text: "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):20%"}, `access %[capture.req.uri]`, `access -`},
+		"alternatives": {connect.AccessLog{Text: "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):20%"}, `access %[capture.req.uri,bytes(0,640)]`, `access -`},
 		"literals":     {connect.AccessLog{Text: `100% "a" \ $x #`}, `access 100%% \"a\" \\ \$x \#`, `access 100%% \"a\" \\ \$x \#`},
 		"unknown":      {connect.AccessLog{Text: "%NOPE% %REQ(bad name)%"}, `access - -`, `access - -`},
 		"json":         {connect.AccessLog{JSON: `{"b":"%DURATION%","a":["%RESPONSE_CODE% x",1.5,null]}`}, `access {\"a\":[\"%ST x\",1.5,null],\"b\":%Ta}`, `access {\"a\":[\"- x\",1.5,null],\"b\":%Tt}`},
@@ -33,7 +33,7 @@ func FuzzAccessFormat(f *testing.F) {
 	f.Add(`%REQ(X-A?:PATH)% %RESP(b)% "\`)
 	f.Add(`{"a":"%START_TIME%","b":[1,{"c":"%REQ(USER-AGENT)% x"}]}`)
 	quoted := regexp.MustCompile(`^(?:[^"\\]|\\.)*$`)
-	rule := regexp.MustCompile(`^(tcp-request session|http-request|http-response) set-var\((sess|txn)\.al_[a-z0-9_]+\) (date\(\)|(ssl_fc_sni|(req|res)\.hdr\([a-z0-9-]+\)),bytes\(0,256\)(,regsub\(\[\[:cntrl:\]\],\?,g\))?)$`)
+	rule := regexp.MustCompile(`^(tcp-request session|http-request|http-response) set-var\((sess|txn)\.al_[a-z0-9_]+\) (date\(\)|(ssl_fc_sni|(req|res)\.hdr\([a-z0-9-]+\)),bytes\(0,(128|192)\),regsub\(\[\[:cntrl:\]\],\?,g\))$`)
 	f.Fuzz(func(t *testing.T, s string) {
 		logs := []connect.AccessLog{{Text: s}}
 		if json.Valid([]byte(s)) {

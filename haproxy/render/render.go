@@ -324,7 +324,7 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
 	g.add("mworker-max-reloads %d", maxOldWorkers)
 	g.add("stats timeout 1m")
-	g.add("log stdout len 16384 format raw local0 info")
+	g.add("log stdout len 8192 format raw local0 info")
 	g.add("hard-stop-after %s", ms(o.HardStopAfter))
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
