@@ -485,16 +485,18 @@ func headerName(s string) bool {
 
 // declared is one upstream of the registration, decoded.
 type declared struct {
-	key      string // of the watch: destination, not settings
-	query    bool
-	service  string
-	dc       string
-	where    string
-	up       connect.Upstream
-	protocol *connect.Protocol // nil: the chain's
-	connect  bool              // connect timeout was set
-	idle     bool
-	poll     time.Duration
+	key string // of the watch: everything that is asked
+
+	destination string // what is asked about
+	query       bool
+	service     string
+	dc          string
+	where       string
+	up          connect.Upstream
+	protocol    *connect.Protocol // nil: the chain's
+	connect     bool              // connect timeout was set
+	idle        bool
+	poll        time.Duration
 }
 
 // upstreams decodes every listener of a registration. A broken one is left out
@@ -565,7 +567,11 @@ func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) 
 			d.up.Name += again
 			d.up.Target.Name += again
 		}
-		d.key = fmt.Sprintf("%t\x00%s\x00%s", d.query, d.service, d.dc)
+		d.destination = fmt.Sprintf("%t\x00%s\x00%s", d.query, d.service, d.dc)
+		d.key = d.destination
+		if d.query { // asked so often: another interval is another watch
+			d.key += "\x00" + d.poll.String()
+		}
 		out = append(out, d)
 	}
 	slices.SortFunc(out, func(a, b declared) int { return strings.Compare(a.up.Name, b.up.Name) })

@@ -293,3 +293,19 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	defer second.Close()
 	require.Eventually(t, func() bool { return errors.Is(ask(), ErrNotRegistered) }, 10*time.Second, 50*time.Millisecond, "%v", ask())
 }
+
+// A changed poll_interval takes effect while the upstream stays.
+func TestPollIntervalChanges(t *testing.T) {
+	m := newMesh(t)
+	registration := func(hash, interval string) {
+		m.agent.Set("/v1/agent/service/www-proxy", `{"Kind":"connect-proxy","ID":"www-proxy","Port":21000,"Datacenter":"dc1","ContentHash":"`+hash+`",
+			"Proxy":{"DestinationServiceName":"www","LocalServicePort":8080,"Upstreams":[{"DestinationType":"prepared_query","DestinationName":"q","LocalBindPort":1,"Config":{"poll_interval":"`+interval+`"}}]}}`)
+	}
+	registration("1", "1h")
+	m.agent.Set("/v1/query/q/execute", `{"Service":"db","Datacenter":"dc1","Nodes":[{"Node":{"Node":"n","Address":"10.0.0.1"},"Service":{"ID":"db1","Service":"db","Port":1}}]}`)
+	m.follow(Config{})
+	first := m.until("the query was answered", count(1))
+	registration("2", "1s")
+	require.Eventually(t, func() bool { return m.agent.Asked("/v1/query/q/execute") >= 3 }, 10*time.Second, 5*time.Millisecond)
+	require.Same(t, first.Upstreams[0], m.last.Load().Upstreams[0], "nothing else has changed")
+}

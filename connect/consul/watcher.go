@@ -90,6 +90,8 @@ type state struct {
 
 // resolved is what is known of one destination.
 type resolved struct {
+	destination string
+
 	ctx      context.Context // of its watches
 	cancel   context.CancelFunc
 	until    time.Time // late is held back; zero: nothing is
@@ -430,7 +432,13 @@ func (w *Watcher) syncUpstreams(ctx context.Context, st *state) {
 			continue
 		}
 		uctx, cancel := context.WithCancel(ctx)
-		st.answers[d.key] = &resolved{ctx: uctx, cancel: cancel}
+		r := &resolved{ctx: uctx, cancel: cancel, destination: d.destination}
+		for _, old := range st.answers { // asked in another way, it is known all the same
+			if old.destination == d.destination {
+				r.chain, r.protocol, r.connect, r.target, r.notices, r.turn = old.chain, old.protocol, old.connect, old.target, old.notices, old.turn
+			}
+		}
+		st.answers[d.key] = r
 		name := d.service
 		if d.dc != st.proxy.Datacenter {
 			name += " in " + d.dc
