@@ -1,27 +1,22 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
 	"github.com/haproxy-connect/haproxy-connect/connect/dialer"
@@ -31,7 +26,6 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/jwt"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
-	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
 // urgent ends everything at once; the second signal calls hurry.
@@ -302,19 +296,6 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	return errors.Join(err, s.cleanDir())
 }
 
-// slotsOnDisk reads the slots that a predecessor's HAProxy uses.
-func slotsOnDisk(dir string) *render.Config {
-	files, _ := filepath.Glob(filepath.Join(dir, render.SlotMapFile("*")))
-	text := map[string]string{}
-	for _, f := range files {
-		class := strings.TrimSuffix(filepath.Base(f), ".map")
-		if b, err := os.ReadFile(f); err == nil && render.SlotMapFile(class) != render.PolicyMap {
-			text[class] = string(b)
-		}
-	}
-	return render.Slots(text)
-}
-
 // awaitReady returns once there is no reason not to be ready; false when ctx ends first.
 func (s *sidecar) awaitReady(ctx context.Context) bool {
 	t := time.NewTicker(20 * time.Millisecond)
@@ -382,51 +363,6 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	s.manager.Want(snap)
 }
 
-// watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the
-// life, so what is older than that is not being renewed.
-func (s *sidecar) watchExpiry(ctx context.Context) {
-	t := time.NewTicker(time.Second)
-	defer t.Stop()
-	var leaf *certs.Leaf
-	told := 0
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-		snap := s.newest.Load()
-		if snap == nil {
-			continue
-		}
-		if snap.Leaf != leaf {
-			leaf, told = snap.Leaf, 0
-		}
-		stage := expiryStage(leaf.Remaining(time.Now()))
-		if stage <= told {
-			continue
-		}
-		told = stage
-		left := time.Until(leaf.NotAfter).Round(time.Second)
-		if left <= 0 {
-			s.log.Error("the leaf certificate has expired: peers refuse us", "serial", leaf.Serial, "try", "is the agent reachable, and are its servers?")
-		} else {
-			s.log.Warn("the leaf certificate nears its end and was not renewed", "serial", leaf.Serial, "left", left, "try", "is the agent reachable, and are its servers?")
-		}
-	}
-}
-
-// expiryStage counts the warnings due: at 8 % of the life, 4 %, 1 %, and at the end.
-func expiryStage(remaining float64) int {
-	n := 0
-	for _, limit := range []float64{0.08, 0.04, 0.01, 0} {
-		if remaining <= limit {
-			n++
-		}
-	}
-	return n
-}
-
 func (s *sidecar) denied(source string, d intentions.Decision) {
 	s.metrics.denied(source, d)
 	s.log.Warn("caller denied", "source", source, "destination", s.agent.Policy().Destination(), "rule", d.Rule, "reason", d.Reason)
@@ -443,31 +379,6 @@ func (s *sidecar) dialSlots(c *render.Config) error {
 		})
 	}
 	return s.dial.Set(want)
-}
-
-func (s *sidecar) own(path string) error {
-	if s.account.User == "" {
-		return nil
-	}
-	return os.Lchown(path, s.account.UID, s.account.GID)
-}
-
-func (s *sidecar) listenAuthz() (net.Listener, error) {
-	path := filepath.Join(s.dir, render.AuthzSocket)
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	// The path may be another listener's by the time this one is closed.
-	ln.(*net.UnixListener).SetUnlinkOnClose(false)
-	if err := errors.Join(os.Chmod(path, 0o600), s.own(path)); err != nil {
-		ln.Close()
-		return nil, err
-	}
-	return ln, nil
 }
 
 // retry waits for Consul with one clear line per kind of trouble.
@@ -506,311 +417,4 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 		s.log.Debug("self-test passed", "took", time.Since(begun).Round(time.Millisecond))
 	}
 	return err
-}
-
-// Times of a drain.
-const (
-	leaveFor = 5 * time.Second        // at most, for callers to go elsewhere
-	quietFor = 300 * time.Millisecond // without a request: they have
-)
-
-// idleGrace is how long callers have to notice, by an answer or by Consul, that this
-// instance goes, before connections that nobody uses are cut.
-const idleGrace = 3 * time.Second
-
-// drainInbound leaves the mesh, stops accepting callers and waits until their sessions have ended and
-// their kept connections are closed or long unused; the upstreams stay open meanwhile,
-// as the application needs them to finish.
-func (s *sidecar) drainInbound(ctx context.Context, id string) {
-	if !s.proc.Up() || s.conf.drain == 0 {
-		return
-	}
-	snap := s.newest.Load()
-	if snap == nil || snap.Inbound.Port == 0 {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
-	defer cancel()
-	fronts := map[string]bool{}
-	for _, sec := range s.manager.Status().Running.Sections {
-		name, ok := strings.CutPrefix(sec.Name, "frontend ")
-		if ok && (name == "public" || name == "permissive" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
-			fronts[name] = true
-		}
-	}
-	if snap.Inbound.Protocol.IsHTTP() {
-		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
-			return
-		}
-	}
-	if !s.conf.register { // else it is deregistered by now
-		quick, done := context.WithTimeout(ctx, 2*time.Second)
-		err := s.client.Leave(quick, id)
-		done()
-		if err != nil {
-			s.log.Warn("cannot leave the mesh before the listener closes; callers notice by themselves", "error", err, "try", "is the agent there, and may the token write the service?")
-		}
-	}
-	s.quiet(ctx, fronts)
-	for name := range fronts {
-		if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
-			return
-		}
-	}
-	t := time.NewTicker(20 * time.Millisecond)
-	defer t.Stop()
-	last, served := time.Now(), ""
-	for {
-		// A connection between two requests is counted by its frontend, but is no session.
-		open, requests, err := s.inboundUse(ctx, fronts)
-		if err != nil {
-			return
-		}
-		busy, err := s.inboundSessions(ctx, fronts)
-		if err != nil {
-			return
-		}
-		if busy > 0 || requests != served {
-			last, served = time.Now(), requests
-		}
-		if open == 0 && busy == 0 || busy == 0 && time.Since(last) > idleGrace {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			s.log.Warn("sessions are still open after the drain timeout; they are cut", "open", max(open, busy))
-			return
-		case <-t.C:
-		}
-	}
-}
-
-// quiet waits until callers have stopped calling.
-func (s *sidecar) quiet(ctx context.Context, fronts map[string]bool) {
-	ctx, cancel := context.WithTimeout(ctx, leaveFor)
-	defer cancel()
-	t := time.NewTicker(20 * time.Millisecond)
-	defer t.Stop()
-	last, seen := time.Now(), ""
-	for time.Since(last) < quietFor {
-		_, requests, err := s.inboundUse(ctx, fronts)
-		if err != nil {
-			return
-		}
-		if requests != seen {
-			last, seen = time.Now(), requests
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-	}
-}
-
-// inboundUse is how many connections callers have open, and a text that changes with
-// each request of theirs.
-func (s *sidecar) inboundUse(ctx context.Context, fronts map[string]bool) (open int, requests string, err error) {
-	rows, err := s.haproxyStats(ctx, 1)
-	for _, row := range rows {
-		if fronts[row["pxname"]] {
-			n, _ := strconv.Atoi(row["scur"])
-			open += n
-			requests += row["req_tot"] + "/" + row["stot"] + " "
-		}
-	}
-	return open, requests, err
-}
-
-func (s *sidecar) inboundSessions(ctx context.Context, fronts map[string]bool) (n int, err error) {
-	out, err := s.proc.Do(ctx, "show sess", nil)
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(out) {
-		for f := range fronts {
-			if strings.Contains(line, " fe="+f+" ") {
-				n++
-			}
-		}
-	}
-	return n, nil
-}
-
-// accessLine hands on what HAProxy logs: access lines to where they are wanted, the
-// rest, which is about HAProxy itself, to our own log.
-func (s *sidecar) accessLine(line string) {
-	rest, ok := strings.CutPrefix(line, render.AccessMark)
-	if !ok {
-		s.log.Debug("haproxy", "says", line)
-		return
-	}
-	sink := "stdout" // nothing that Consul names is written to unless it was looked at
-	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.Inbound.AccessLog.Sink != "" {
-		sink = snap.Inbound.AccessLog.Sink
-	}
-	switch sink {
-	case "stdout":
-		fmt.Fprintln(s.out, rest)
-	case "stderr":
-		fmt.Fprintln(s.errw, rest)
-	default:
-		s.access.Lock()
-		defer s.access.Unlock()
-		if err := s.access.write(sink, rest); err != nil && err.Error() != s.access.told {
-			s.access.told = err.Error()
-			s.log.Warn("cannot write the access log; its lines are lost", "error", err, "try", "access_logs.path of proxy-defaults must be writable here")
-		}
-	}
-}
-
-// accessFile is the access log in a file.
-type accessFile struct {
-	sync.Mutex // two HAProxies may have something to say
-	path, told string
-	f          *os.File
-	looked     time.Time
-}
-
-// write appends a line. A file that was moved away, as by logrotate, is opened anew
-// within a second.
-func (a *accessFile) write(path, line string) error {
-	if a.f != nil && (a.path != path || time.Since(a.looked) > time.Second && a.moved()) {
-		a.f.Close()
-		a.f = nil
-	}
-	if a.f == nil {
-		f, err := openLog(path)
-		if err != nil {
-			return err
-		}
-		a.f, a.path, a.told = f, path, ""
-	}
-	_, err := fmt.Fprintln(a.f, line)
-	return err
-}
-
-func (a *accessFile) moved() bool {
-	a.looked = time.Now()
-	now, err := os.Stat(a.path)
-	if err != nil {
-		return true
-	}
-	open, err := a.f.Stat()
-	return err != nil || !os.SameFile(now, open)
-}
-
-// openLog opens a file that Consul names. As root it must not be steered, by Consul or by
-// whoever may write to a directory on the way, into what is no log.
-func openLog(path string) (*os.File, error) {
-	if os.Geteuid() == 0 {
-		for _, system := range []string{"/etc/", "/usr/", "/bin/", "/sbin/", "/lib", "/boot/", "/root/", "/proc/", "/sys/"} {
-			if strings.HasPrefix(filepath.Clean(path)+"/", system) {
-				return nil, fmt.Errorf("%s: no place for a log when started by root", path)
-			}
-		}
-		if err := process.Trusted(filepath.Dir(path)); err != nil {
-			return nil, err
-		}
-	}
-	f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o640)
-	if err != nil {
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err == nil {
-		st, ok := info.Sys().(*syscall.Stat_t)
-		if !info.Mode().IsRegular() || ok && (st.Nlink > 1 || int(st.Uid) != os.Geteuid()) {
-			err = fmt.Errorf("%s: not a file of our own", path)
-		}
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// socketPath reports why root must not make a socket at a path that Consul names: whoever
-// may replace a directory on the way could have root change another file.
-func socketPath(path string) error {
-	if os.Geteuid() != 0 {
-		return nil
-	}
-	return process.Trusted(filepath.Dir(path))
-}
-
-const lockFile = "lock"
-
-// lockDir keeps a second sidecar out of a run directory.
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("-run-dir %q: another haproxy-connect runs in it", dir)
-	}
-	return f, nil
-}
-
-// restoreDir makes anew what somebody removed from the run directory: our own socket
-// and lock. What HAProxy has open of the old directory stays open.
-func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
-	if err := process.PrepareDir(s.dir, s.account); err != nil {
-		return err
-	}
-	gone := func(name string) bool {
-		_, err := os.Lstat(filepath.Join(s.dir, name))
-		return errors.Is(err, os.ErrNotExist)
-	}
-	if gone(lockFile) {
-		f, err := lockDir(s.dir)
-		if err != nil {
-			return err
-		}
-		s.lock.Close()
-		s.lock = f
-	}
-	if gone(render.AuthzSocket) {
-		ln, err := s.listenAuthz()
-		if err != nil {
-			return err
-		}
-		data.Go(func() error { return s.agent.Serve(ctx, ln) }) // beside the old one, whose connections live
-	}
-	if s.dial != nil {
-		return s.dial.Set(nil) // the manager lists its sockets again
-	}
-	return nil
-}
-
-// cleanDir removes what we wrote, and the directory if nothing else is in it.
-func (s *sidecar) cleanDir() error {
-	var err error
-	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, lua.DenyFile, "candidate.cfg", judgedFile, lockFile} {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))
-	}
-	_ = os.Remove(s.dir) // not empty: somebody else's files
-	return err
-}
-
-// checkFiles looks at the limit of open files, which bounds sockets and connections.
-func checkFiles(c *config, log *slog.Logger) error {
-	var r syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
-		return err
-	}
-	if r.Max < 5_000_000 {
-		c.files = int(r.Max)
-	}
-	if c.files > 0 && c.files < 550 {
-		return fmt.Errorf("the limit of open files is %d: raise it to 1024 at least (ulimit -n, LimitNOFILE=)", r.Max)
-	}
-	if most := c.files / 5; c.files > 0 && c.maxConn > most {
-		log.Warn("-max-conn is more than the limit of open files allows", "max_conn", c.maxConn, "used", most, "limit", r.Max)
-	}
-	c.maxConn = cmp.Or(c.maxConn, 8192)
-	return nil
 }

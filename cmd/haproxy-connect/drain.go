@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+)
+
+// Times of a drain.
+const (
+	leaveFor = 5 * time.Second        // at most, for callers to go elsewhere
+	quietFor = 300 * time.Millisecond // without a request: they have
+)
+
+// idleGrace is how long callers have to notice, by an answer or by Consul, that this
+// instance goes, before connections that nobody uses are cut.
+const idleGrace = 3 * time.Second
+
+// drainInbound leaves the mesh, stops accepting callers and waits until their sessions have ended and
+// their kept connections are closed or long unused; the upstreams stay open meanwhile,
+// as the application needs them to finish.
+func (s *sidecar) drainInbound(ctx context.Context, id string) {
+	if !s.proc.Up() || s.conf.drain == 0 {
+		return
+	}
+	snap := s.newest.Load()
+	if snap == nil || snap.Inbound.Port == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
+	defer cancel()
+	fronts := map[string]bool{}
+	for _, sec := range s.manager.Status().Running.Sections {
+		name, ok := strings.CutPrefix(sec.Name, "frontend ")
+		if ok && (name == "public" || name == "permissive" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
+			fronts[name] = true
+		}
+	}
+	if snap.Inbound.Protocol.IsHTTP() {
+		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
+			return
+		}
+	}
+	if !s.conf.register { // else it is deregistered by now
+		quick, done := context.WithTimeout(ctx, 2*time.Second)
+		err := s.client.Leave(quick, id)
+		done()
+		if err != nil {
+			s.log.Warn("cannot leave the mesh before the listener closes; callers notice by themselves", "error", err, "try", "is the agent there, and may the token write the service?")
+		}
+	}
+	s.quiet(ctx, fronts)
+	for name := range fronts {
+		if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
+			return
+		}
+	}
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	last, served := time.Now(), ""
+	for {
+		// A connection between two requests is counted by its frontend, but is no session.
+		open, requests, err := s.inboundUse(ctx, fronts)
+		if err != nil {
+			return
+		}
+		busy, err := s.inboundSessions(ctx, fronts)
+		if err != nil {
+			return
+		}
+		if busy > 0 || requests != served {
+			last, served = time.Now(), requests
+		}
+		if open == 0 && busy == 0 || busy == 0 && time.Since(last) > idleGrace {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			s.log.Warn("sessions are still open after the drain timeout; they are cut", "open", max(open, busy))
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// quiet waits until callers have stopped calling.
+func (s *sidecar) quiet(ctx context.Context, fronts map[string]bool) {
+	ctx, cancel := context.WithTimeout(ctx, leaveFor)
+	defer cancel()
+	t := time.NewTicker(20 * time.Millisecond)
+	defer t.Stop()
+	last, seen := time.Now(), ""
+	for time.Since(last) < quietFor {
+		_, requests, err := s.inboundUse(ctx, fronts)
+		if err != nil {
+			return
+		}
+		if requests != seen {
+			last, seen = time.Now(), requests
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// inboundUse is how many connections callers have open, and a text that changes with
+// each request of theirs.
+func (s *sidecar) inboundUse(ctx context.Context, fronts map[string]bool) (open int, requests string, err error) {
+	rows, err := s.haproxyStats(ctx, 1)
+	for _, row := range rows {
+		if fronts[row["pxname"]] {
+			n, _ := strconv.Atoi(row["scur"])
+			open += n
+			requests += row["req_tot"] + "/" + row["stot"] + " "
+		}
+	}
+	return open, requests, err
+}
+
+func (s *sidecar) inboundSessions(ctx context.Context, fronts map[string]bool) (n int, err error) {
+	out, err := s.proc.Do(ctx, "show sess", nil)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(out) {
+		for f := range fronts {
+			if strings.Contains(line, " fe="+f+" ") {
+				n++
+			}
+		}
+	}
+	return n, nil
+}

@@ -1,0 +1,129 @@
+package render
+
+import (
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/lua"
+)
+
+type globalSection struct {
+	*builder
+	what string
+}
+
+// connections is how many there may be at once. One of an HTTP upstream holds four
+// descriptors, both ends of the caller's and of the connector's, and each listener one.
+func (o *Options) connections(slots map[string]*SlotTable, upstreams int) int {
+	if o.Files == 0 {
+		return o.MaxConn
+	}
+	taken := 300 + (upstreams+255)/256*256 // in steps: one upstream more is no other limit
+	for _, t := range slots {
+		taken += t.Size
+	}
+	return max(50, min(o.MaxConn, (o.Files-taken)/5))
+}
+
+// share is what the inbound listeners divide: the connections that there may be beside
+// the fewest sockets. It does not follow the sockets, whose number changes more often.
+func (o *Options) share(upstreams int) int { return o.connections(nil, upstreams) }
+
+// maxOldWorkers caps replaced workers that still have sessions: each keeps its whole
+// memory. The oldest is ended when there would be more.
+const maxOldWorkers = 20
+
+func (o *Options) global(in *connect.Inbound) []globalSection {
+	var out []globalSection
+	if o.LuaBool {
+		// Must come before lua-load, and the parser moves what it does not know to the end.
+		out = append(out, globalSection{section("global", "").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below"})
+	}
+	out = append(out, globalSection{section("global", "").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental"})
+	g := section("global", "")
+	if o.User != "" {
+		g.word("user", "user", o.User)
+	}
+	if o.Group != "" {
+		g.word("group", "group", o.Group)
+	}
+	g.add("nbthread %d", o.Threads)
+	owner := ""
+	if o.User != "" {
+		owner = " user " + o.User
+	}
+	g.add("stats socket unix@%s mode 600%s level admin expose-fd listeners", o.path(StatsSocket), owner) // a successor takes the listeners over
+	g.add("mworker-max-reloads %d", maxOldWorkers)
+	g.add("stats timeout 1m")
+	g.add("log stdout len 8192 format raw local0 info")
+	g.add("hard-stop-after %s", ms(o.HardStopAfter))
+	// Both are needed to switch resumption off: a resumed session is not verified again.
+	g.add("tune.ssl.cachesize 0")
+	g.add("tune.ssl.default-dh-param 2048")
+	g.add("ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	g.add("ssl-default-server-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	// As Envoy under Consul takes them: 60 KiB of headers and a few hundred lines, and room
+	// for our own. It is the same in every proxy: one that sends more than the next one
+	// takes would lose the requests beside it on the same connection of HTTP/2.
+	g.add("tune.bufsize 73728").add("tune.maxrewrite 8192").add("tune.http.maxhdr 256")
+	if o.BufferCache { // as many of them as of HAProxy's own size, or each request costs a tenth more
+		g.add("tune.memory.hot-size 2359296")
+	}
+	g.add("httpclient.ssl.verify none") // unused; spares loading the system's CAs
+	g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
+	if o.LosesAnswers { // the parser takes one such line in a section
+		out = append(out, globalSection{section("global", "").add("lua-load-per-thread %s", o.path(lua.DenyFile)), "denials that callers hear while they still send"})
+	}
+	return append(out, globalSection{g, "the process"})
+}
+
+// Names of defaults sections. HAProxy 2.6 heeds abortonclose only where a frontend
+// inherits it, and it must not be where TCP connections may be half closed.
+const allDefaults, httpDefaults = "mesh", "mesh_http"
+
+func (o *Options) defaults() *builder {
+	return section("defaults", allDefaults).
+		add("mode tcp").
+		add("log global").
+		add("option dontlognull").
+		add("option clitcpka").
+		add("option srvtcpka").
+		add("option redispatch 1").
+		add("timeout http-request 30s").
+		add("timeout connect 5s").
+		add("timeout client 1h"). // also of one who has said all it has to say and waits for the answer
+		add("timeout queue 5s").
+		add("timeout server 1h").
+		add("timeout tunnel 1h").
+		add("timeout http-keep-alive 5m").
+		add("retries 3")
+}
+
+// owned is the suffix of a bind line on a socket that only the worker may use.
+func (o *Options) owned() string {
+	if o.User != "" {
+		return " mode 600 user " + o.User
+	}
+	return " mode 600"
+}
+
+func (o *Options) admin() *builder {
+	return section("frontend", "admin").
+		add("mode http").
+		add("bind unix@%s%s", o.path(AdminSocket), o.owned()).
+		add("no log").
+		add("stats enable").
+		add("stats show-legends").
+		add("stats uri /stats").
+		add("http-request use-service prometheus-exporter if { path /metrics }")
+}
+
+func (o *Options) authz() *builder {
+	mode := "tcp"
+	if o.SPOP {
+		mode = "spop"
+	}
+	return section("backend", "authz").
+		add("mode %s", mode).
+		add("timeout connect 1s").
+		add("timeout server 24h").
+		add("server agent unix@%s", o.path(AuthzSocket))
+}
