@@ -17,21 +17,6 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// Timing of the loop.
-const (
-	quiet       = 200 * time.Millisecond // structure must be still this long
-	atMost      = 2 * time.Second        // but never waits longer than this
-	reloadEvery = time.Second
-	firstRetry  = 500 * time.Millisecond
-	lastRetry   = 30 * time.Second
-	deleteEvery = 250 * time.Millisecond
-	drainFor    = time.Second
-	driftEvery  = 30 * time.Second
-	command     = 10 * time.Second
-	portEvery   = 5 * time.Second
-	lookEvery   = time.Second
-)
-
 // ahead applies, before a reload, what needs none: policies, endpoints and the leaf wait
 // neither for the structure to be still nor for a reload that fails.
 func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *render.Config) error {

@@ -58,6 +58,21 @@ type Config struct {
 	Applied func(*render.Config) error
 }
 
+// Timing of the loop.
+const (
+	quiet       = 200 * time.Millisecond // structure must be still this long
+	atMost      = 2 * time.Second        // but never waits longer than this
+	reloadEvery = time.Second
+	firstRetry  = 500 * time.Millisecond
+	lastRetry   = 30 * time.Second
+	deleteEvery = 250 * time.Millisecond
+	drainFor    = time.Second
+	driftEvery  = 30 * time.Second
+	command     = 10 * time.Second
+	portEvery   = 5 * time.Second
+	lookEvery   = time.Second
+)
+
 // Status of a Manager, for people and metrics.
 type Status struct {
 	Ready      bool
