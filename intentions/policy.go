@@ -195,6 +195,14 @@ func orDefault(s string) string {
 	return s
 }
 
+// Config is what a policy was made of. Treat as read-only.
+func (p *Policy) Config() Config {
+	if p == nil {
+		return Config{}
+	}
+	return p.conf
+}
+
 // Digest names what a policy says: two that were made of the same have the same.
 func (p *Policy) Digest() string {
 	if p == nil || !p.valid {

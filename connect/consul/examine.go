@@ -91,6 +91,9 @@ func (c *Client) Examine(ctx context.Context, w Which) (f Facts, out []Finding) 
 	}
 	name := s.Proxy.DestinationServiceName
 	say("registration", OK, fmt.Sprintf("%s is the sidecar of %s", id, name), "")
+	if err := certs.ServiceName(name); err != nil {
+		say("name", Fail, err.Error(), "register the service under another name")
+	}
 	f.Listens = listens(s)
 
 	roots, leaf := c.examineIdentity(ctx, name, say)

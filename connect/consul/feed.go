@@ -227,7 +227,7 @@ func refused(err error) bool {
 // it in the same way, and refuses the next one.
 func cut(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
-		isStatus(err, 502) || isStatus(err, 504) || strings.Contains(err.Error(), "server closed") || strings.Contains(err.Error(), "GOAWAY")
+		isStatus(err, 502) || isStatus(err, 504) || strings.Contains(err.Error(), "server closed") || strings.Contains(err.Error(), "GOAWAY") || strings.Contains(err.Error(), "stream error") // over HTTP/2
 }
 
 // shorten makes blocking queries shorter than one that was cut after so long.
