@@ -12,7 +12,7 @@ import (
 
 const module = "github.com/haproxy-connect/haproxy-connect/"
 
-// mayImport is the table of rooms in the README: what each package may import of
+// mayImport is the table of rooms in haproxy/README.md: what each package may import of
 // ours. A package that is not listed fails.
 var mayImport = map[string][]string{
 	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "haproxy/runtimeapi", "intentions", "intentions/jwt", "intentions/spoe", "lua"},

@@ -1,5 +1,5 @@
 // Command haproxy-connect runs HAProxy as the sidecar proxy of one service of
-// Consul's mesh. The design and every flag are in the README.
+// Consul's mesh. Every flag is in the README beside this file.
 //
 // This package wires the others together: flags and environment, signals, the
 // order of start and stop, the admin listener, exit codes. Nothing imports it.

@@ -409,7 +409,7 @@ func (w *world) cmdBenchIdentity(ts *testscript.TestScript, _ bool, _ []string) 
 var rates = []int{500, 1000, 2000, 4000}
 
 // bench ROUNDS: compares all peers in turns; prints, and with -update writes the table and
-// the plot of the README.
+// the plot beside it.
 func (w *world) cmdBench(ts *testscript.TestScript, _ bool, args []string) {
 	rounds, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -530,13 +530,13 @@ func (w *world) table(ts *testscript.TestScript) {
 
 // intoReadme replaces what stands between the marks of a name.
 func intoReadme(ts *testscript.TestScript, name, text string) {
-	file := filepath.Join(sourceDir(ts), "README.md")
+	file := filepath.Join(sourceDir(ts), "testdata", "measure", "README.md")
 	raw, err := os.ReadFile(file)
 	ts.Check(err)
 	before, rest, ok := strings.Cut(string(raw), "<!-- "+name+" -->\n")
 	_, after, ok2 := strings.Cut(rest, "<!-- /"+name+" -->")
 	if !ok || !ok2 {
-		ts.Fatalf("README.md has no marks for %s", name)
+		ts.Fatalf("testdata/measure/README.md has no marks for %s", name)
 	}
 	ts.Check(os.WriteFile(file, []byte(before+"<!-- "+name+" -->\n"+text+"<!-- /"+name+" -->"+after), 0o644))
 }
