@@ -7,6 +7,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -159,7 +160,9 @@ func passable(dir string, a Account) error {
 
 // Trusted reports who else could replace a part of a path: every directory and link on
 // the way must be root's or ours, and writable by nobody else, unless it is sticky as
-// /tmp is. What does not exist yet is nobody's.
+// /tmp is, or a volume of root's: orchestrators make those writable for everybody in the
+// container (emptyDir of Kubernetes, the directories of a task of Nomad). What does not
+// exist yet is nobody's.
 func Trusted(path string) error {
 	if err := trusted(filepath.Clean(path)); err != nil {
 		return err
@@ -198,10 +201,24 @@ func trusted(path string) error {
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	ownGroup := ok && (st.Gid == 0 || int(st.Gid) == os.Getegid() && os.Getegid() == os.Geteuid()) // a group of one
-	if info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !ownGroup {
+	if (info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !ownGroup) && !(owner(info) == 0 && mounted(path)) {
 		return fmt.Errorf("others may write to %s, and could replace what is in it; choose another path, or chmod go-w", path)
 	}
 	return nil
+}
+
+// mounted reports whether something is mounted at a path (proc(5), mountinfo).
+func mounted(path string) bool {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && path != "/" && strings.NewReplacer(`\040`, " ", `\134`, `\`).Replace(f[4]) == path {
+			return true
+		}
+	}
+	return false
 }
 
 // OwnSocketDir makes a directory for sockets that the worker and we enter and only we

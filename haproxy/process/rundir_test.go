@@ -57,6 +57,18 @@ func TestTrusted(t *testing.T) {
 	}
 }
 
+// A volume that an orchestrator mounts is writable for everybody in the container.
+func TestVolumes(t *testing.T) {
+	asRoot(t)
+	volume := filepath.Join(shortTemp(t), "volume")
+	require.NoError(t, os.Mkdir(volume, 0o755))
+	require.NoError(t, syscall.Mount("tmpfs", volume, "tmpfs", 0, "mode=0777"))
+	t.Cleanup(func() { _ = syscall.Unmount(volume, 0) })
+	require.NoError(t, Trusted(filepath.Join(volume, "web")))
+	require.NoError(t, os.Chown(volume, worker.UID, worker.GID))
+	require.Error(t, Trusted(filepath.Join(volume, "web")), "not of root's")
+}
+
 // Another user who made the parent of the run directory could swap what is in it.
 func TestPlantedRunDirectory(t *testing.T) {
 	asRoot(t)
