@@ -169,8 +169,12 @@ func (f *feeds) failed(name string, err error) {
 	if f.told == nil {
 		f.told = map[string]bool{}
 	}
-	if !f.told[text] && len(f.told) < 100 {
-		f.told[text] = true
+	kind := text
+	if Unreachable(err) { // refused, reset, timed out: nobody is there
+		kind = "unreachable"
+	}
+	if !f.told[kind] && len(f.told) < 100 {
+		f.told[kind] = true
 		level = slog.LevelWarn
 	}
 	if one.Err != text {
