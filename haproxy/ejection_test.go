@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +19,7 @@ import (
 
 // fakeServers answers `show stat` and takes weights.
 type fakeServers struct {
+	mu         sync.Mutex
 	names      []string
 	good, bad  map[string]int
 	weight     map[string]int
@@ -34,7 +36,22 @@ func newFakeServers(n int) *fakeServers {
 	return f
 }
 
+// change does something to the servers between two rounds.
+func (f *fakeServers) change(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
+}
+
+func (f *fakeServers) now(name string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.weight[name]
+}
+
 func (f *fakeServers) do(_ context.Context, c string) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if strings.HasPrefix(c, "show stat") {
 		out := "# pxname,svname,weight,mode,hrsp_1xx,hrsp_2xx,hrsp_3xx,hrsp_4xx,hrsp_5xx,wretr,eresp,econ\n"
 		for _, n := range f.names {
@@ -53,6 +70,8 @@ func (f *fakeServers) do(_ context.Context, c string) (string, error) {
 }
 
 func (f *fakeServers) out() (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for _, w := range f.weight {
 		if w == 0 {
 			n++
@@ -84,46 +103,48 @@ func TestEjection(t *testing.T) {
 		f := newFakeServers(3)
 		e := ejector(f, connect.PassiveHealth{Interval: 10 * time.Second, MaxFailures: 3, BaseEjection: 30 * time.Second, MaxEjected: percent(100), Enforced: 100})
 		run(t, e)
-		f.bad["e0"] = 2
+		f.change(func() { f.bad["e0"] = 2 })
 		time.Sleep(time.Second)
 		require.Zero(t, f.out(), "two failures are not three")
-		f.good["e0"]++
+		f.change(func() { f.good["e0"]++ })
 		time.Sleep(time.Second)
-		f.bad["e0"] += 2
+		f.change(func() { f.bad["e0"] += 2 })
 		time.Sleep(time.Second)
 		require.Zero(t, f.out(), "a success between")
-		f.bad["e0"]++
+		f.change(func() { f.bad["e0"]++ })
 		time.Sleep(time.Second)
-		require.Equal(t, 0, f.weight["e0"])
+		require.Equal(t, 0, f.now("e0"))
 		list, total := e.List()
 		require.Len(t, list, 1)
 		require.Equal(t, uint64(1), total)
 		// It stays out although something gives it back, and returns by time.
-		f.weight["e0"] = 5
+		f.change(func() { f.weight["e0"] = 5 })
 		time.Sleep(time.Second)
-		require.Equal(t, 0, f.weight["e0"])
+		require.Equal(t, 0, f.now("e0"))
 		time.Sleep(27 * time.Second)
-		require.Equal(t, 0, f.weight["e0"])
+		require.Equal(t, 0, f.now("e0"))
 		time.Sleep(3 * time.Second)
-		require.Equal(t, 5, f.weight["e0"])
+		require.Equal(t, 5, f.now("e0"))
 		// The second time is longer.
-		f.bad["e0"] += 3
+		f.change(func() { f.bad["e0"] += 3 })
 		time.Sleep(31 * time.Second)
-		require.Equal(t, 0, f.weight["e0"])
+		require.Equal(t, 0, f.now("e0"))
 		time.Sleep(31 * time.Second)
-		require.Equal(t, 5, f.weight["e0"])
+		require.Equal(t, 5, f.now("e0"))
 		// And it is forgotten after a while without trouble.
 		time.Sleep(2 * time.Minute)
-		f.bad["e0"] += 3
+		f.change(func() { f.bad["e0"] += 3 })
 		time.Sleep(31 * time.Second)
-		require.Equal(t, 5, f.weight["e0"])
+		require.Equal(t, 5, f.now("e0"))
 		// Never everything.
-		for _, n := range f.names {
-			f.bad[n] += 10
-		}
+		f.change(func() {
+			for _, n := range f.names {
+				f.bad[n] += 10
+			}
+		})
 		time.Sleep(time.Second)
 		require.Equal(t, 2, f.out())
-		require.Zero(t, f.connecting)
+		f.change(func() { require.Zero(t, f.connecting) })
 	})
 }
 
