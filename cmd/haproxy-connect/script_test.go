@@ -1266,7 +1266,12 @@ func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		return nil
 	}); err != nil {
-		ts.Fatalf("HAProxy has %d servers, want %s\n%s", last, args[1], w.allLogs())
+		listed := ""
+		for service := range w.scaled {
+			list, err := w.call(http.MethodGet, "/v1/health/connect/"+service+"?passing", nil)
+			listed += fmt.Sprintf("; Consul lists %d of %s (%v)", strings.Count(string(list), `"connect-proxy"`), service, err)
+		}
+		ts.Fatalf("HAProxy has %d servers, want %s%s\n%s", last, args[1], listed, w.allLogs())
 	}
 }
 

@@ -99,7 +99,7 @@ if ! has debian:trixie-slim; then
 	$sudo rm -f "$work/base.tar"
 fi
 if ! has golang:1.26-trixie; then
-	base golang:1.26-trixie -C "$(go env GOROOT)/.." --exclude=go/test --exclude=go/api --exclude=go/doc "$(basename "$(go env GOROOT)")" <<-'EOF'
+	base golang:1.26-trixie --transform 's,^\./,go/,S' -C "$(go env GOROOT)" --exclude=./test --exclude=./api --exclude=./doc . <<-'EOF'
 		FROM debian:trixie-slim
 		RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates git make && rm -rf /var/lib/apt/lists/*
 		COPY go /usr/local/go
