@@ -2,6 +2,7 @@ package haproxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -26,35 +27,36 @@ const (
 	End
 )
 
-// EndSessions ends the sessions of callers that judge is against, in every worker; others
+// EndSessions ends the sessions of callers that judge is against, in one worker; others
 // are untouched. live are the callers' addresses of the sessions that stay. pending: the
 // session has not been let in yet, so that whoever is asked about it is asked now. A
 // worker that does not answer is an error: it may have sessions that should end.
-func EndSessions(ctx context.Context, workers []Worker, judge func(from netip.AddrPort, pending bool) Verdict) (ended int, live map[netip.AddrPort]bool, err error) {
-	live = map[netip.AddrPort]bool{}
+func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort, pending bool) Verdict) (ended int, live []netip.AddrPort, err error) {
+	out, err := do(ctx, "show sess")
+	if errors.Is(err, runtimeapi.ErrGone) {
+		return 0, nil, nil
+	}
+	if err != nil {
+		return 0, nil, err
+	}
 	var wrong *multierror.Error
-	for _, do := range workers {
-		out, err := do(ctx, "show sess")
-		if err != nil {
-			wrong = multierror.Append(wrong, err)
+	for _, s := range runtimeapi.ParseSessions(out) {
+		if !s.From.IsValid() || !render.Inbound(s.Frontend, s.Backend) {
 			continue
 		}
-		for _, s := range runtimeapi.ParseSessions(out) {
-			if !s.From.IsValid() || !render.Inbound(s.Frontend, s.Backend) {
-				continue
-			}
-			end, err := ends(ctx, do, s, judge)
-			if err == nil && end {
-				_, err = do(ctx, "shutdown session "+s.ID)
-			}
-			switch {
-			case err != nil:
-				wrong = multierror.Append(wrong, err)
-			case end:
-				ended++
-			default:
-				live[s.From] = true
-			}
+		end, err := ends(ctx, do, s, judge)
+		if err == nil && end {
+			_, err = do(ctx, "shutdown session "+s.ID)
+		}
+		switch {
+		case errors.Is(err, runtimeapi.ErrGone):
+			return ended, nil, nil
+		case err != nil:
+			wrong = multierror.Append(wrong, err)
+		case end:
+			ended++
+		default:
+			live = append(live, s.From)
 		}
 	}
 	return ended, live, wrong.ErrorOrNil()
@@ -77,6 +79,9 @@ func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip
 // the plan tells only the current one, and a kept connection is judged anew when it moves.
 func TellGeneration(ctx context.Context, do Worker, dir, generation string) error {
 	out, err := do(ctx, "set map "+dir+"/"+render.PolicyMap+" "+render.PolicyKey+" "+generation)
+	if errors.Is(err, runtimeapi.ErrGone) {
+		return nil
+	}
 	if err != nil || strings.TrimSpace(out) == "" || strings.Contains(out, "nknown map") { // a listener of tcp has none
 		return err
 	}

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 const sessions = `0x7f01: proto=unix_stream src=unix:1 fe=GLOBAL be=<NONE> srv=<none> ts=00
@@ -44,17 +46,27 @@ func TestEndSessions(t *testing.T) {
 		}
 		return bad[a.String()]
 	}
-	ended, live, err := EndSessions(t.Context(), []Worker{worker}, judge)
+	ended, live, err := EndSessions(t.Context(), worker, judge)
 	require.NoError(t, err)
 	require.Equal(t, 4, ended)
 	require.Equal(t, "shutdown session 0x7f02 shutdown session 0x7f05 shutdown session 0x7f07 shutdown session 0x7f09", strings.Join(done, " "))
-	require.Equal(t, map[netip.AddrPort]bool{netip.MustParseAddrPort("10.0.0.2:1000"): true, netip.MustParseAddrPort("10.0.0.3:1"): true,
-		netip.MustParseAddrPort("10.0.0.4:2"): true}, live)
-	// A worker that does not answer may have sessions that should have ended.
-	silent := func(context.Context, string) (string, error) { return "", errors.New("away") }
-	_, _, err = EndSessions(t.Context(), []Worker{silent, worker}, judge)
-	require.ErrorContains(t, err, "away")
+	require.ElementsMatch(t, []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:1000"), netip.MustParseAddrPort("10.0.0.3:1"),
+		netip.MustParseAddrPort("10.0.0.4:2")}, live)
+	// A worker that does not answer may have sessions that should have ended; one that has
+	// gone has none.
+	for answer, want := range map[error]string{errors.New("away"): "away", runtimeapi.ErrGone: ""} {
+		silent := func(context.Context, string) (string, error) { return "", answer }
+		for _, err := range []error{TellGeneration(t.Context(), silent, "/run/x", "g"), second(EndSessions(t.Context(), silent, judge))} {
+			if want == "" {
+				require.NoError(t, err)
+				continue
+			}
+			require.ErrorContains(t, err, want)
+		}
+	}
 }
+
+func second(_ int, _ []netip.AddrPort, err error) error { return err }
 
 func TestTellGeneration(t *testing.T) {
 	for answer, good := range map[string]bool{"": true, "Unknown map identifier. Please use #<id> or <file>.": true, "Out of memory": false} {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -42,18 +43,22 @@ type revocations struct {
 
 // Times between passes that fail.
 const (
-	revokeAgain = 200 * time.Millisecond
-	revokeLast  = 10 * time.Second
-	revokePass  = 10 * time.Second // of one pass
+	revokeAgain  = 200 * time.Millisecond
+	revokeLast   = 10 * time.Second
+	revokePass   = 10 * time.Second // of one pass
+	revokeWorker = 3 * time.Second  // of all workers' sessions: what is left is for the next pass
 )
 
 // judgedFile holds the digest of the policy by which all open sessions were judged. A
 // successor reads it: it does not know who the callers of the sessions are that it finds.
 const judgedFile = "judged"
 
+// Due says that a pass will be due, before anybody is answered by the new policy.
+func (r *revocations) Due() { r.pending.Store(true) }
+
 // Wake asks for a pass.
 func (r *revocations) Wake() {
-	r.pending.Store(true)
+	r.Due()
 	select {
 	case r.wake <- struct{}{}:
 	default:
@@ -137,17 +142,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	ctx, cancel := context.WithTimeout(ctx, revokePass)
 	defer cancel()
 	workers, err := r.proc.Workers(ctx)
-	if err != nil {
-		return err
-	}
 	http := snap.Inbound.Protocol.IsHTTP()
-	list := make([]haproxy.Worker, len(workers))
-	for i, w := range workers {
-		list[i] = w.Do
-		if w.Old {
-			err = errors.Join(err, haproxy.TellGeneration(ctx, w.Do, r.dir, r.agent.Generation()))
-		}
-	}
 	judge := func(from netip.AddrPort, pending bool) haproxy.Verdict {
 		switch r.agent.Judge(from, pending, r.judged) {
 		case spoe.Ends:
@@ -170,7 +165,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 			return judge(from, pending)
 		}
 	}
-	ended, live, e := haproxy.EndSessions(ctx, list, ofSessions)
+	ended, live, e := r.endSessions(ctx, workers, ofSessions)
 	err = errors.Join(err, e)
 	if r.judged != policy && r.agent.AnyDenied() {
 		if n := r.proc.EndLost(); n > 0 {
@@ -202,6 +197,33 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		return certs.WriteFile(filepath.Join(r.dir, judgedFile), []byte(policy.Digest()), 0o600)
 	}
 	return nil
+}
+
+// endSessions asks all workers at once: one that hangs keeps none of the others waiting. One
+// that was replaced is told the generation of the policy first.
+func (r *revocations) endSessions(ctx context.Context, workers []process.Worker, judge func(netip.AddrPort, bool) haproxy.Verdict) (ended int, live map[netip.AddrPort]bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, revokeWorker)
+	defer cancel()
+	live = map[netip.AddrPort]bool{}
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	for _, w := range workers {
+		all.Go(func() {
+			var told error
+			if w.Old {
+				told = haproxy.TellGeneration(ctx, w.Do, r.dir, r.agent.Generation())
+			}
+			n, stay, e := haproxy.EndSessions(ctx, w.Do, judge)
+			mu.Lock()
+			defer mu.Unlock()
+			ended, err = ended+n, errors.Join(err, told, e)
+			for _, from := range stay {
+				live[from] = true
+			}
+		})
+	}
+	all.Wait()
+	return ended, live, err
 }
 
 // permitted tells once what will never work, and passes on what may work again.

@@ -337,6 +337,7 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	s.heard.Store(time.Now().UnixNano())
 	if old == nil || old.Policy != snap.Policy {
 		s.tokens.Use(snap.Policy.Providers())
+		s.revoke.Due()
 		s.agent.SetPolicy(snap.Policy)
 		s.revoke.Wake()
 	}

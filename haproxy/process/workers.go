@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
@@ -23,21 +24,24 @@ type Worker struct {
 	prefix string
 }
 
-// Do runs one command of the runtime API on the worker.
+// Do runs one command of the runtime API on the worker. That the worker has ended, with
+// all its sessions, is runtimeapi.ErrGone; for the current one it is another error, as
+// there will be a next.
 func (w Worker) Do(ctx context.Context, command string) (string, error) {
-	return w.socket.Do(ctx, w.prefix+command, nil)
+	out, err := w.socket.Do(ctx, w.prefix+command, nil)
+	if errors.Is(err, runtimeapi.ErrGone) && !strings.HasPrefix(w.prefix, "@!") {
+		return "", errors.New("HAProxy has no worker at the moment")
+	}
+	return out, err
 }
 
 // beforeSockets is the pattern of the master sockets that predecessors had.
 const beforeSockets = "before-*"
 
 // Workers lists every process of ours that may still have sessions. An error means that
-// there may be more of them.
+// there may be more of them than it lists.
 func (p *Process) Workers(ctx context.Context) ([]Worker, error) {
-	out, err := workersOf(ctx, runtimeapi.Socket(p.masterSocket()), "@1 ")
-	if err != nil {
-		return nil, err
-	}
+	out, wrong := workersOf(ctx, runtimeapi.Socket(p.masterSocket()), "@1 ")
 	sockets, _ := filepath.Glob(filepath.Join(p.conf.Dir, "sock", beforeSockets)) // the pattern is good
 	for _, s := range sockets {
 		list, err := workersOf(ctx, runtimeapi.Socket(s), "")
@@ -46,19 +50,24 @@ func (p *Process) Workers(ctx context.Context) ([]Worker, error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("a predecessor's HAProxy: %w", err)
+			wrong = errors.Join(wrong, fmt.Errorf("a predecessor's HAProxy: %w", err))
 		}
 		for i := range list {
 			list[i].Old = true
 		}
 		out = append(out, list...)
 	}
-	return out, nil
+	return out, wrong
 }
+
+// masterAnswers is how long a master may take to name its workers: it does nothing else.
+const masterAnswers = 3 * time.Second
 
 // workersOf asks a master. current, if not "", is how the worker that is not old is
 // addressed, also when it is replaced meanwhile.
 func workersOf(ctx context.Context, master runtimeapi.Socket, current string) (out []Worker, err error) {
+	ctx, cancel := context.WithTimeout(ctx, masterAnswers)
+	defer cancel()
 	text, err := master.Do(ctx, "show proc", nil)
 	if err != nil {
 		return nil, err
