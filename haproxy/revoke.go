@@ -44,7 +44,7 @@ func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort,
 		if !s.From.IsValid() || !render.Inbound(s.Frontend, s.Backend) {
 			continue
 		}
-		end, err := ends(ctx, do, s, judge)
+		end, stays, err := ends(ctx, do, s, judge)
 		if err == nil && end {
 			_, err = do(ctx, "shutdown session "+s.ID)
 		}
@@ -55,24 +55,29 @@ func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort,
 			wrong = multierror.Append(wrong, err)
 		case end:
 			ended++
-		default:
+		case stays:
 			live = append(live, s.From)
 		}
 	}
 	return ended, live, wrong.ErrorOrNil()
 }
 
-// ends asks about one session, and the worker about its answer where only a tunnel ends.
-func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (bool, error) {
-	switch judge(s.From, s.Backend == "<NONE>") {
-	case End:
-		return true, nil
-	case EndTunnel:
-		const switchingProtocols = 101
-		out, err := do(ctx, "show sess "+s.ID)
-		return err == nil && runtimeapi.ParseStatus(out) == switchingProtocols, err
+// ends asks about one session, and the worker about the session as it is now: HAProxy gives
+// the number of one that has ended to the next, which may be anybody's. One that has ended
+// neither ends nor stays: its connection may be idle.
+func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (end, stays bool, err error) {
+	verdict := judge(s.From, s.Backend == "<NONE>")
+	if verdict == Keep {
+		return false, true, nil
 	}
-	return false, nil
+	out, err := do(ctx, "show sess "+s.ID)
+	if err != nil {
+		return false, false, err
+	}
+	const switchingProtocols = 101
+	now := runtimeapi.ParseDetail(out)
+	end = verdict == End || now.Status == switchingProtocols
+	return end && now.From == s.From, !end && now.From == s.From, nil
 }
 
 // TellGeneration makes the generation of the policy known to a worker that was replaced:

@@ -21,6 +21,8 @@ const sessions = `0x7f01: proto=unix_stream src=unix:1 fe=GLOBAL be=<NONE> srv=<
 0x7f07: proto=tcpv4 src=10.0.0.4:1 fe=public be=local_app srv=app
 0x7f08: proto=tcpv4 src=10.0.0.4:2 fe=public be=local_app srv=app
 0x7f09: proto=tcpv4 src=10.0.0.1:1000 fe=permissive be=permissive_tls srv=public
+0x7f0c: proto=tcpv4 src=10.0.0.1:1000 fe=public be=local_app srv=app
+0x7f0d: proto=tcpv4 src=10.0.0.1:1000 fe=public be=local_app srv=app
 0x7f0a: proto=tcpv4 src=10.0.0.1:1000 fe=permissive be=permissive_app srv=app
 garbage
 `
@@ -31,10 +33,18 @@ func TestEndSessions(t *testing.T) {
 		switch c {
 		case "show sess":
 			return sessions, nil
+		case "show sess 0x7f02", "show sess 0x7f09":
+			return c[10:] + ": [30/Nov/2026:13:29:25.722263] id=0 proto=tcpv4 source=10.0.0.1:1000\n", nil
+		case "show sess 0x7f05":
+			return "0x7f05: id=0 proto=tcpv6 source=::1:1002\n", nil
+		case "show sess 0x7f0c": // its number is another's by now
+			return "0x7f0c: id=0 proto=tcpv4 source=10.0.0.2:1000\n", nil
+		case "show sess 0x7f0d":
+			return "Session not found.\n", nil
 		case "show sess 0x7f07":
-			return "0x7f07: id=1\n txn=0x5 flags=0x1 meth=1 status=101 req.st=MSG_TUNNEL", nil
+			return "0x7f07: id=1 source=10.0.0.4:1\n txn=0x5 flags=0x1 meth=1 status=101 req.st=MSG_TUNNEL", nil
 		case "show sess 0x7f08":
-			return "0x7f08: id=2\n txn=0x5 flags=0x1 meth=1 status=200 req.st=MSG_DATA", nil
+			return "0x7f08: id=2 source=10.0.0.4:2\n txn=0x5 flags=0x1 meth=1 status=200 req.st=MSG_DATA", nil
 		}
 		done = append(done, c)
 		return "", nil

@@ -95,15 +95,26 @@ func address(s string) netip.AddrPort {
 	return netip.AddrPortFrom(host.Unmap(), uint16(port))
 }
 
-// ParseStatus reads the HTTP status of a stream from `show sess <id>`; 0 while it has none.
-func ParseStatus(text string) int {
+// Detail is what `show sess <id>` tells of one stream. The zero value: there is none.
+type Detail struct {
+	From   netip.AddrPort
+	Status int // of its HTTP answer; 0 while it has none
+}
+
+// ParseDetail reads `show sess <id>`. Its first line has source=10.0.0.1:51234, and the
+// line of an HTTP stream that begins with txn= has status=-1 or 200.
+func ParseDetail(text string) (d Detail) {
 	for f := range strings.FieldsSeq(text) {
+		if v, is := strings.CutPrefix(f, "source="); is && !d.From.IsValid() {
+			d.From = address(v)
+		}
 		if v, is := strings.CutPrefix(f, "status="); is {
 			n, _ := strconv.Atoi(v) // -1 before there is an answer
-			return max(n, 0)
+			d.Status = max(n, 0)
+			break
 		}
 	}
-	return 0
+	return d
 }
 
 // ParseStats reads `show stat`: a map by the names of the first line for each other line.

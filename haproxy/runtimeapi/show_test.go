@@ -41,8 +41,9 @@ func TestShow(t *testing.T) {
 		{"0x7f05", "public", "local_app", netip.MustParseAddrPort("[::1]:1002")},
 		{"0x7f06", "public", "<NONE>", netip.MustParseAddrPort("10.0.0.3:1")},
 	}, ParseSessions(sessions))
-	require.Equal(t, 101, ParseStatus(detail))
-	require.Zero(t, ParseStatus("txn=0x55 status=-1"))
+	require.Equal(t, Detail{netip.MustParseAddrPort("10.0.0.1:1000"), 101}, ParseDetail(detail))
+	require.Zero(t, ParseDetail("txn=0x55 status=-1"))
+	require.Zero(t, ParseDetail("Session not found.\n"))
 	rows, err := ParseStats("# pxname,svname,status\npublic,FRONTEND,OPEN\napi,\"e,1\"\n")
 	require.NoError(t, err)
 	require.Equal(t, []map[string]string{{"pxname": "public", "svname": "FRONTEND", "status": "OPEN"}, {"pxname": "api", "svname": "e,1"}}, rows)
@@ -67,7 +68,7 @@ func FuzzShow(f *testing.F) {
 				t.Fatalf("%q: %+v", text, p)
 			}
 		}
-		if ParseStatus(text) < 0 {
+		if ParseDetail(text).Status < 0 {
 			t.Fatalf("%q: a negative status", text)
 		}
 		rows, err := ParseStats(text)

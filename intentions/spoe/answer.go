@@ -142,7 +142,7 @@ func (v value) address() netip.Addr {
 func (c *conn) perConnection(out []byte, m *message) []byte {
 	ans := c.answer(m.cert)
 	if ans.valid && m.src.IsValid() {
-		c.agent.remember(netip.AddrPortFrom(m.src, m.port), netip.AddrPortFrom(m.dst, m.dstPort), ans.id)
+		c.agent.remember(netip.AddrPortFrom(m.src, m.port), netip.AddrPortFrom(m.dst, m.dstPort), ans.id, ans.allowed)
 	}
 	if len(m.serverName) > 0 && ans.allowed {
 		if d, ok := c.epoch.policy.Accepts(alias(m.serverName)); !ok {

@@ -27,6 +27,7 @@ type known struct {
 	to    netip.AddrPort // our end
 	id    certs.SPIFFEID
 	since time.Time
+	let   bool // in, once at least: of one that never was nothing is open but a refusal
 }
 
 func (c *callers) get(from netip.AddrPort) []known {
@@ -38,15 +39,17 @@ func (c *callers) get(from netip.AddrPort) []known {
 
 func (a *Agent) callersOf(from netip.AddrPort) *callers { return &a.callers[from.Port()%64] }
 
-// remember keeps who connected from one address to another until somebody else does.
-func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID) {
+// remember keeps who connected from one address to another until somebody else does, and
+// whether it was let in.
+func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID, let bool) {
 	c := a.callersOf(from)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	list := c.get(from)
 	at := slices.IndexFunc(list, func(k known) bool { return k.to == to })
 	_, current := c.by[from]
-	if at >= 0 && list[at].id == id && current {
+	same := at >= 0 && list[at].id == id
+	if same && current && (list[at].let || !let) {
 		return
 	}
 	next := make([]known, 0, len(list)+1)
@@ -56,10 +59,10 @@ func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID) {
 		}
 	}
 	since := time.Now()
-	if at >= 0 && list[at].id == id {
-		since = list[at].since
+	if same {
+		since, let = list[at].since, let || list[at].let
 	}
-	next = append([]known{{to, id, since}}, next...) // the newest is the last to be dropped
+	next = append([]known{{to, id, since, let}}, next...) // the newest is the last to be dropped
 	if c.by == nil || len(c.by) >= maxCallers {
 		c.by, c.old = map[netip.AddrPort][]known{}, c.by
 	}
@@ -82,8 +85,8 @@ const (
 
 // Judge applies the policy in force to what is open from an address. before is the
 // policy by which it was last judged; nil is none. A session that still waits to be let in
-// stays: the question is yet to come. Where several identities are known, the session ends
-// if any of them is denied.
+// stays: the question is yet to come. So does one that was never let in: it hears its
+// refusal. Where several identities are known, the session ends if any of them is denied.
 func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy) Judgement {
 	list := a.caller(from)
 	if len(list) == 0 {
@@ -94,6 +97,9 @@ func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy
 	}
 	policy, out := a.Policy(), Stays
 	for _, who := range list {
+		if !who.let {
+			continue
+		}
 		switch d := policy.Decide(who.id, nil); {
 		case !d.Allow && !d.PerRequest:
 			return Ends

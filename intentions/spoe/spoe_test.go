@@ -249,6 +249,13 @@ func TestDeniedSessions(t *testing.T) {
 	other := netip.MustParseAddrPort("10.1.2.3:40001")
 	require.Equal(t, Unknown, a.Judge(other, false, nil), "a session that was let in by somebody else")
 	require.Equal(t, Stays, a.Judge(other, true, nil), "a session that waits is asked about now")
+	// Who was never let in has nothing to end but its refusal, which it should hear.
+	evil := netip.MustParseAddrPort("10.1.2.3:40002")
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, false)
+	require.Equal(t, Stays, a.Judge(evil, false, nil))
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, true)
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, false)
+	require.Equal(t, Ends, a.Judge(evil, false, nil), "it was let in once")
 	a.Forget(nil)
 }
 
@@ -264,17 +271,17 @@ func TestTwoIdentitiesAtOneAddress(t *testing.T) {
 		require.NoError(t, err)
 		return id
 	}
-	a.remember(from, one, service("web"))
-	a.remember(from, two, service("db"))
+	a.remember(from, one, service("web"), true)
+	a.remember(from, two, service("db"), true)
 	require.Equal(t, Stays, a.Judge(from, false, nil))
 	a.SetPolicy(policy("db"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "web was there first")
 	a.SetPolicy(policy("web"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "db came last")
-	a.remember(from, two, service("web"))
+	a.remember(from, two, service("web"), true)
 	require.Equal(t, Stays, a.Judge(from, false, nil), "db has gone: its address is web's now")
 	for i := range 3 * maxAtOnce {
-		a.remember(from, netip.AddrPortFrom(one.Addr(), uint16(i+1)), service("web"))
+		a.remember(from, netip.AddrPortFrom(one.Addr(), uint16(i+1)), service("web"), true)
 	}
 	require.Len(t, a.caller(from), maxAtOnce)
 }
@@ -288,7 +295,7 @@ func TestTunnelsEndWithTheirRule(t *testing.T) {
 	from := netip.MustParseAddrPort("10.1.2.3:40000")
 	_, l7, err := identity(caller(t, "l7"))
 	require.NoError(t, err)
-	a.remember(from, netip.AddrPort{}, l7)
+	a.remember(from, netip.AddrPort{}, l7, true)
 	require.Equal(t, Stays, a.Judge(from, false, before))
 	require.Equal(t, EndsTunnels, a.Judge(from, false, nil), "nothing is known of the policy before")
 	a.SetPolicy(policy("db"))
