@@ -38,6 +38,7 @@ type cursor struct {
 	hash  string
 	pause time.Duration // between answers, if more than minPause
 	wait  time.Duration // at most for an answer, if not waitTime
+	heard uint64        // the index of the last answer, as Consul said it
 }
 
 // options asks for what is newer than the cursor.
@@ -62,8 +63,33 @@ func (c *cursor) advance(m *api.QueryMeta) {
 		c.index = max(m.LastIndex, 1)
 	}
 	if m != nil {
-		c.hash = m.LastContentHash
+		c.hash, c.heard = m.LastContentHash, m.LastIndex
 	}
+}
+
+// history tells answers from the past: a server that reads its log again after a restart
+// has, for a moment, the intentions, roots and instances of long ago, and gives them to
+// whoever asks no leader. A state that has truly gone back, restored or begun anew, is
+// believed after pastFor.
+type history struct {
+	index uint64    // of what was believed last
+	since time.Time // when answers began to be older than that; zero: they are not
+}
+
+const pastFor = 10 * time.Second
+
+// past reports whether an answer of this index, heard now, is not to be believed yet.
+func (h *history) past(index uint64, now time.Time) bool {
+	if index < h.index {
+		if h.since.IsZero() {
+			h.since = now
+		}
+		if now.Sub(h.since) < pastFor {
+			return true
+		}
+	}
+	h.index, h.since = index, time.Time{}
+	return false
 }
 
 // Feed is the condition of one watch, for status and metrics.
@@ -281,6 +307,7 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 	var cur cursor
 	backoff := minBackoff
 	burst, last := 2, time.Now()
+	var before history
 	for {
 		cur.wait = time.Duration(w.client.wait.Load())
 		asked := time.Now()
@@ -299,6 +326,13 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 				return
 			}
 			backoff = min(2*backoff, maxBackoff)
+			continue
+		}
+		if before.past(cur.heard, time.Now()) {
+			cur = cursor{pause: cur.pause}
+			if !pause(ctx, jitter(minBackoff)) {
+				return
+			}
 			continue
 		}
 		backoff = minBackoff

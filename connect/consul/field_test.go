@@ -2,6 +2,7 @@ package consul
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -19,7 +20,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -308,4 +312,67 @@ func TestPollIntervalChanges(t *testing.T) {
 	registration("2", "1s")
 	require.Eventually(t, func() bool { return m.agent.Asked("/v1/query/q/execute") >= 3 }, 10*time.Second, 5*time.Millisecond)
 	require.Same(t, first.Upstreams[0], m.last.Load().Upstreams[0], "nothing else has changed")
+}
+
+// A server that reads its log again after a restart answers from the past, which opens
+// what was denied since and knows no root of today; nothing of it is believed, unless it
+// goes on saying so.
+func TestThePastIsNotBelieved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
+		w.client = &Client{}
+		var now atomic.Uint64
+		var failing atomic.Bool
+		now.Store(100)
+		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex
+		var heard []uint64
+		go w.follow(ctx, "intentions", func(ctx context.Context, c *cursor) (func(*state), error) {
+			if c.index == now.Load() {
+				pause(ctx, 100*time.Millisecond) // nothing new
+			}
+			if failing.Load() {
+				return nil, syscall.ECONNREFUSED
+			}
+			index := now.Load()
+			c.advance(&api.QueryMeta{LastIndex: index})
+			return func(*state) {
+				mu.Lock()
+				defer mu.Unlock()
+				heard = append(heard, index)
+			}, nil
+		})
+		go func() {
+			for apply := range w.updates {
+				apply(nil)
+			}
+		}()
+		at := func(d time.Duration, want uint64) {
+			t.Helper()
+			time.Sleep(d)
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			require.Equal(t, want, heard[len(heard)-1])
+			require.NotContains(t, heard, uint64(40))
+		}
+		at(time.Second, 100)
+		failing.Store(true)
+		at(2*time.Second, 100)
+		failing.Store(false)
+		now.Store(40) // it reads its log
+		at(3*time.Second, 100)
+		now.Store(90)
+		at(3*time.Second, 100)
+		now.Store(101)
+		at(2*time.Second, 101)
+		now.Store(7) // begun anew
+		at(8*time.Second, 101)
+		at(4*time.Second, 7)
+		now.Store(8)
+		at(time.Second, 8)
+		cancel()
+		close(w.updates)
+		synctest.Wait()
+	})
 }
