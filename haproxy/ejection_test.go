@@ -94,6 +94,7 @@ func run(t *testing.T, e *Ejector) {
 	done := make(chan struct{})
 	go func() { defer close(done); e.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-done })
+	time.Sleep(ejectEvery / 2) // what follows falls between two rounds
 }
 
 func percent(n int) *int { return &n }

@@ -331,6 +331,10 @@ func (p *Process) await(ctx context.Context, died <-chan error, old int, limit t
 		// time later, as it keeps ten at most and the worker may need long to start.
 		once, cancel := context.WithTimeout(ctx, patience)
 		pid, err := p.worker(once)
+		if errors.Is(err, runtimeapi.ErrKept) {
+			<-once.Done()
+			err = once.Err()
+		}
 		cancel()
 		if err == nil && pid != 0 && pid != old {
 			return nil

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"time"
 )
@@ -61,6 +62,11 @@ func (s Socket) Do(ctx context.Context, command string, payload []byte) (string,
 		return "", fmt.Errorf("command %q: %w", command, err)
 	}
 	b, err := readAnswer(io.LimitReader(c, maxAnswer), line[0] == '@')
+	if errors.Is(err, ErrGone) && c.SetReadDeadline(time.Now().Add(closes)) == nil {
+		if _, e := c.Read(make([]byte, 1)); errors.Is(e, os.ErrDeadlineExceeded) {
+			err = ErrKept
+		}
+	}
 	if err != nil {
 		return "", fmt.Errorf("command %q: %w", command, err)
 	}
@@ -69,6 +75,13 @@ func (s Socket) Do(ctx context.Context, command string, payload []byte) (string,
 
 // ErrGone is a master's answer that it has no such process, or none any more.
 var ErrGone = errors.New("HAProxy's master has no such process")
+
+// ErrKept is ErrGone of a master that has not closed the connection: it keeps it, and ten
+// of them are all that it can have, so whoever asks again should take its time.
+var ErrKept = fmt.Errorf("%w, and keeps the connection", ErrGone)
+
+// closes is how long a master may take to close a connection after that answer.
+const closes = 50 * time.Millisecond
 
 // gone begins that answer.
 const gone = "Can't find the target PID matching the prefix"

@@ -35,6 +35,7 @@ func TestGone(t *testing.T) {
 	answers <- answer
 	_, err = Socket(path).Do(ctx, "@!7 show sess", nil)
 	require.ErrorIs(t, err, ErrGone)
+	require.ErrorIs(t, err, ErrKept)
 	require.NoError(t, ctx.Err())
 	// A worker that says the same is quoted: it is its own answer, and its end is awaited.
 	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
