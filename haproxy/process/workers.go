@@ -28,8 +28,12 @@ type Worker struct {
 // all its sessions, is runtimeapi.ErrGone; for the current one it is another error, as
 // there will be a next.
 func (w Worker) Do(ctx context.Context, command string) (string, error) {
+	old := strings.HasPrefix(w.prefix, "@!")
+	if old && errors.Is(syscall.Kill(w.PID, 0), syscall.ESRCH) {
+		return "", runtimeapi.ErrGone // the master, asked for it, might keep the connection: see ErrKept
+	}
 	out, err := w.socket.Do(ctx, w.prefix+command, nil)
-	if errors.Is(err, runtimeapi.ErrGone) && !strings.HasPrefix(w.prefix, "@!") {
+	if errors.Is(err, runtimeapi.ErrGone) && !old {
 		return "", errors.New("HAProxy has no worker at the moment")
 	}
 	return out, err
