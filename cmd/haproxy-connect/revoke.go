@@ -39,6 +39,7 @@ type revocations struct {
 	judged    *intentions.Policy // that of the last complete pass
 	inherited string             // its digest, when a predecessor made that pass
 	told      string
+	forbidden bool // it was said that idle connections cannot be ended
 }
 
 // Times between passes that fail.
@@ -231,8 +232,8 @@ func (r *revocations) permitted(err error) error {
 	if !errors.Is(err, process.ErrNotPermitted) {
 		return err
 	}
-	if r.told == "" {
-		r.told = err.Error()
+	if !r.forbidden {
+		r.forbidden = true
 		r.log.Warn("idle connections of callers that are denied now stay open; what they ask next is denied", "error", err,
 			"try", "a worker of another user needs the capability CAP_SYS_PTRACE")
 	}

@@ -18,16 +18,20 @@ import (
 // that needs nothing, being root CAP_SYS_PTRACE, as the worker has another user.
 // Without the permission the error is ErrNotPermitted.
 func EndConnections(workers []Worker, port int, drop func(w Worker, from netip.AddrPort) bool) (ended int, err error) {
+	var forbidden error // what may work when it is tried again is told before it
 	for _, w := range workers {
 		n, e := endConnections(strconv.Itoa(w.PID), port, func(from netip.AddrPort) bool { return drop(w, from) })
 		ended += n
 		switch {
 		case e == nil, errors.Is(e, unix.ESRCH), errors.Is(e, os.ErrNotExist):
 		case errors.Is(e, os.ErrPermission):
-			err = errors.Join(err, fmt.Errorf("idle connections of worker %d: %w", w.PID, ErrNotPermitted))
+			forbidden = fmt.Errorf("idle connections of worker %d: %w", w.PID, ErrNotPermitted)
 		default:
 			err = errors.Join(err, fmt.Errorf("idle connections of worker %d: %w", w.PID, e))
 		}
+	}
+	if err == nil {
+		err = forbidden
 	}
 	return ended, err
 }

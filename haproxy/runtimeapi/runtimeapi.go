@@ -87,7 +87,7 @@ const closes = 50 * time.Millisecond
 const gone = "Can't find the target PID matching the prefix"
 
 // readAnswer reads to the end. A master says that it has no such process and then, one
-// time in ten, leaves the connection open (measured with 3.0 and 3.2): that line is the end.
+// time in seven, leaves the connection open (measured with 3.0 and 3.2): that line is the end.
 func readAnswer(r io.Reader, ofMaster bool) ([]byte, error) {
 	var b bytes.Buffer
 	part := make([]byte, 16<<10)
