@@ -1,10 +1,11 @@
-// Package connect says what the mesh wants of one sidecar, in the mesh's words:
-// the Snapshot. It does no I/O and knows neither Consul's API nor HAProxy.
+// Package connect says what the mesh wants of one proxy, in the mesh's words: the Snapshot,
+// made of listeners, groups and targets. It does no I/O and knows neither Consul's API nor
+// HAProxy, nor what kind of proxy it is: kinds differ in which nouns they publish.
 //
-// Invariants: a Snapshot is complete when it is published and never changes
-// afterwards; slices are sorted, so that equal wants compare and render equal;
-// an Upstream that did not change is the same pointer in the next Snapshot, which
-// is how later stages keep the cost of a change proportional to the change.
+// Invariants: a Snapshot is complete when it is published and never changes afterwards;
+// slices are sorted, so that equal wants compare and render equal; nouns refer to each
+// other by name, and a noun that did not change is the same pointer in the next Snapshot,
+// which is how later stages keep the cost of a change proportional to the change.
 // Strings still come from Consul: whoever writes them anywhere quotes or refuses.
 //
 // It may import certs and intentions.
@@ -14,10 +15,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
-	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
 // Protocol of a service, as Consul means it. The zero value is tcp.
@@ -49,22 +48,117 @@ func (p Protocol) IsHTTP() bool { return p == HTTP || p.IsHTTP2() }
 // IsHTTP2 reports whether only HTTP/2 is spoken.
 func (p Protocol) IsHTTP2() bool { return p == HTTP2 || p == GRPC }
 
+// LeafName names a leaf certificate of the Snapshot.
+type LeafName string
+
+// BundleName names a bundle of roots of the Snapshot.
+type BundleName string
+
+// Names of what every proxy has: its own leaf, and the roots of its own trust domain.
+const (
+	OwnLeaf   LeafName   = "leaf"
+	OwnBundle BundleName = "roots"
+)
+
 // Snapshot is everything the mesh wants, at one moment.
 type Snapshot struct {
 	Proxy     Proxy
-	Inbound   Inbound
-	Upstreams []*Upstream // sorted by Name
-	Leaf      *certs.Leaf
-	Roots     *certs.Roots
-	Policy    *intentions.Policy
+	Listeners []*Listener // sorted by Role and Name, and unique in both
+	Groups    []*Group    // sorted by Name
+	Targets   []*Target   // sorted by Name
+	Leaves    map[LeafName]*certs.Leaf
+	Bundles   map[BundleName]*certs.Roots
+	AccessLog AccessLog // of every listener
+	Telemetry Telemetry
 	Notices   []Notice // sorted
+}
+
+// Leaf is the proxy's own.
+func (s *Snapshot) Leaf() *certs.Leaf { return s.Leaves[OwnLeaf] }
+
+// Roots are those of the proxy's own trust domain.
+func (s *Snapshot) Roots() *certs.Roots { return s.Bundles[OwnBundle] }
+
+// Group finds a group by its name, or nil.
+func (s *Snapshot) Group(name GroupName) *Group {
+	i, ok := slices.BinarySearchFunc(s.Groups, name, func(g *Group, n GroupName) int { return strings.Compare(string(g.Name), string(n)) })
+	if !ok {
+		return nil
+	}
+	return s.Groups[i]
+}
+
+// Target finds a target by its name, or nil.
+func (s *Snapshot) Target(name TargetName) *Target {
+	i, ok := slices.BinarySearchFunc(s.Targets, name, func(t *Target, n TargetName) int { return strings.Compare(string(t.Name), string(n)) })
+	if !ok {
+		return nil
+	}
+	return s.Targets[i]
+}
+
+// Public is the listener that the mesh calls, or nil: the service only calls others.
+func (s *Snapshot) Public() *Listener {
+	for _, l := range s.Listeners {
+		if l.Role == Public {
+			return l
+		}
+	}
+	return nil
+}
+
+// Upstreams are the listeners of the application's own calls.
+func (s *Snapshot) Upstreams() []*Listener {
+	for i, l := range s.Listeners {
+		if l.Role == Local {
+			return s.Listeners[i:]
+		}
+	}
+	return nil
+}
+
+// Generation names what all policies together say, to a version of this program: the same
+// after a restart, and another one as soon as any caller may be judged otherwise.
+func (s *Snapshot) Generation(version string) string {
+	text := version
+	for _, l := range s.Listeners {
+		for i := range l.Branches {
+			if g := l.Branches[i].Guard; g != nil {
+				text += fmt.Sprintf("\x00%s\x00%d\x00%s", l.Name, i, g.Policy.Digest())
+			}
+		}
+	}
+	return Digest(text)
+}
+
+// Endpoints counts those that a listener leads to.
+func (s *Snapshot) Endpoints(l *Listener) (n int) {
+	for i := range l.Branches {
+		l.Branches[i].Chain.Groups(func(name GroupName) {
+			if g := s.Group(name); g != nil {
+				for _, t := range g.Targets {
+					if target := s.Target(t); target != nil {
+						n += len(target.Endpoints)
+					}
+				}
+			}
+		})
+	}
+	return n
+}
+
+// Warnings say where callers are let in without mutual TLS and intentions.
+func (s *Snapshot) Warnings() (out []string) {
+	for _, l := range s.Listeners {
+		out = append(out, l.Warnings()...)
+	}
+	return out
 }
 
 // Proxy is the registration itself.
 type Proxy struct {
-	ID          string // of the sidecar
+	ID          string // of the proxy
 	Service     string // the represented service's name
-	ServiceID   string
 	Node        string
 	Namespace   string // "default" in the community edition
 	Partition   string
@@ -97,224 +191,4 @@ func orDefault(s string) string {
 		return "default"
 	}
 	return s
-}
-
-// Inbound is the public side. Port 0: the service only calls others.
-type Inbound struct {
-	Address string
-	Port    int
-	Protocol
-	Local Local
-
-	LocalConnectTimeout time.Duration // > 0
-	LocalRequestTimeout time.Duration // < 0: none
-	LocalIdleTimeout    time.Duration // > 0
-	MaxConnections      int           // 0: unlimited
-	BalanceExact        bool          // spread accepted connections over the threads
-	UnsecuredPort       int           // a plain listener beside the mesh; 0: none
-	ForwardFor          bool
-	CallerHeader        string // request header that receives the caller's service name
-	Expose              []ExposePath
-	Normalize           Normalize
-	SanitizeXFCC        bool // remove X-Forwarded-Client-Cert instead of setting it
-	// PermissivePort lets in plain TCP that was sent to this port before it was
-	// redirected to ours (MutualTLSMode permissive), no TLS, no intentions; 0: none.
-	PermissivePort int
-	Telemetry      Telemetry
-	AccessLog      AccessLog // of every listener
-}
-
-// Normalize is what happens to a request before intentions look at it and the
-// application receives it (Consul's mesh.HTTP.Incoming.RequestNormalization). The
-// zero value is Consul's default.
-type Normalize struct {
-	KeepPath       bool // InsecureDisablePathNormalization
-	MergeSlashes   bool
-	EscapedSlashes EscapedSlashes // "" keeps them
-	Underscores    Underscores    // "" allows them
-}
-
-// EscapedSlashes says what becomes of %2F and %5C in a path.
-type EscapedSlashes string
-
-// Underscores says what becomes of headers with an underscore in their name.
-type Underscores string
-
-// The choices, as Consul spells them.
-const (
-	SlashesReject   EscapedSlashes = "REJECT_REQUEST"
-	SlashesRedirect EscapedSlashes = "UNESCAPE_AND_REDIRECT"
-	SlashesForward  EscapedSlashes = "UNESCAPE_AND_FORWARD"
-	SlashesKeep     EscapedSlashes = "KEEP_UNCHANGED"
-
-	UnderscoresReject Underscores = "REJECT_REQUEST"
-	UnderscoresDrop   Underscores = "DROP_HEADER"
-	UnderscoresAllow  Underscores = "ALLOW"
-)
-
-// Local is where the application listens: SocketPath, if set, wins.
-type Local struct {
-	Address    string
-	Port       int
-	SocketPath string
-}
-
-// ExposePath opens one exact path of the application without mutual TLS.
-type ExposePath struct {
-	Path       string
-	LocalPort  int
-	ListenPort int
-	Protocol
-}
-
-// Listener is where the application reaches an upstream.
-type Listener struct {
-	Address    string
-	Port       int
-	SocketPath string
-	SocketMode string // octal, "" for the default 0600
-}
-
-// Clashes reports whether both cannot be listened on at the same time.
-func (l Listener) Clashes(o Listener) bool {
-	if l.SocketPath != "" || o.SocketPath != "" {
-		return l.SocketPath == o.SocketPath
-	}
-	anywhere := func(a string) bool { return a == "0.0.0.0" || a == "::" }
-	return l.Port == o.Port && (l.Address == o.Address || anywhere(l.Address) || anywhere(o.Address))
-}
-
-// Warnings say where the application can be reached without mutual TLS and intentions.
-func (in *Inbound) Warnings() (out []string) {
-	if in.Port == 0 {
-		return nil
-	}
-	const anybody = ": no TLS, no intentions, anybody who reaches it is let in"
-	if in.UnsecuredPort != 0 {
-		out = append(out, fmt.Sprintf("unsecured_bind_port is open, port %d%s", in.UnsecuredPort, anybody))
-	}
-	if in.PermissivePort != 0 {
-		out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", in.PermissivePort, anybody))
-	}
-	for _, e := range in.Expose {
-		out = append(out, fmt.Sprintf("path %s is exposed on port %d%s", quote(e.Path), e.ListenPort, anybody))
-	}
-	return out
-}
-
-// Listeners are what the inbound side listens on.
-func (in *Inbound) Listeners() []Listener {
-	if in.Port == 0 {
-		return nil
-	}
-	out := []Listener{{Address: in.Address, Port: in.Port}}
-	if in.UnsecuredPort != 0 {
-		out = append(out, Listener{Address: "0.0.0.0", Port: in.UnsecuredPort})
-	}
-	for _, e := range in.Expose {
-		out = append(out, Listener{Address: in.Address, Port: e.ListenPort})
-	}
-	return out
-}
-
-// Without is the inbound side without one of its listeners, which is not the public one.
-func (in Inbound) Without(l Listener) Inbound {
-	if in.UnsecuredPort == l.Port {
-		in.UnsecuredPort = 0
-	}
-	in.Expose = slices.DeleteFunc(slices.Clone(in.Expose), func(e ExposePath) bool { return e.ListenPort == l.Port })
-	return in
-}
-
-// Upstream is one destination of our service.
-type Upstream struct {
-	Name   string // unique in the Snapshot and fit for any name in HAProxy
-	Listen Listener
-	Protocol
-	Target Target
-
-	ConnectTimeout time.Duration // > 0
-	IdleTimeout    time.Duration // > 0: silence of the server that ends a tcp session or a request
-	Limits         Limits
-	Passive        *PassiveHealth // nil: none asked for
-	BalanceExact   bool
-}
-
-// Limits of an upstream; a nil field is unlimited.
-type Limits struct {
-	MaxConnections, MaxPendingRequests, MaxConcurrentRequests *int
-}
-
-// PassiveHealth takes an endpoint out of rotation that fails in practice, for
-// BaseEjection times the number of its recent ejections.
-type PassiveHealth struct {
-	Interval     time.Duration // in which an ejection less is remembered
-	MaxFailures  int           // in a row
-	BaseEjection time.Duration
-	MaxEjected   *int // percent of the endpoints; nil: 10, but one at least
-	Enforced     int  // percent of the ejections that are carried out
-}
-
-// Target is what an upstream resolves to: who may answer, and where.
-type Target struct {
-	Name       string // unique in the Snapshot, fit for a backend's name
-	Service    string // or the prepared query's name
-	Datacenter string
-	IDs        []certs.SPIFFEID // whoever answers must be one of these; sorted; none: nobody
-	SNI        string
-	Endpoints  []Endpoint // healthy ones; sorted by Name
-}
-
-// Endpoint is one instance that may be called.
-type Endpoint struct {
-	Name    string // after node and instance; unique for this address in its target
-	Node    string
-	ID      string // service instance
-	Address string // IP, or a host name
-	Port    int
-	Weight  int // 1 to 128
-}
-
-// Notice is something in Consul that is not honoured, and why.
-type Notice struct {
-	Where string // "proxy", "upstream NAME"
-	Key   string
-	Value string // as found, may be hostile
-	Why   string
-}
-
-// String quotes whatever came from outside.
-func (n Notice) String() string {
-	s := "ignored " + quote(n.Where) + " " + quote(n.Key)
-	if n.Value != "" {
-		s += " = " + quote(n.Value)
-	}
-	return s + ": " + n.Why
-}
-
-// Notices are collected while decoding and sorted before they are published.
-type Notices []Notice
-
-// Add appends one.
-func (n *Notices) Add(where, key, value, why string) {
-	*n = append(*n, Notice{Where: where, Key: key, Value: value, Why: why})
-}
-
-// Sorted returns them in a stable order without repetitions.
-func (n Notices) Sorted() []Notice {
-	out := slices.Clone(n)
-	slices.SortFunc(out, func(a, b Notice) int { return strings.Compare(a.String(), b.String()) })
-	return slices.Compact(out)
-}
-
-func quote(s string) string {
-	if len(s) > 120 {
-		s = s[:120] + "…"
-	}
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == 0xfffd || (r >= 0x80 && r < 0xa0) || r == 0x2028 || r == 0x2029 {
-			return '?'
-		}
-		return r
-	}, s)
 }

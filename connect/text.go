@@ -2,30 +2,29 @@ package connect
 
 import (
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
 // Text is a snapshot for people and for goldens: every field that says something, one a
 // line, and of certificates only whose they are. It quotes what came from outside.
 func (s *Snapshot) Text() string {
 	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(s.Leaves)) {
+		fmt.Fprintf(&b, "Leaf %s: %s\n", quote(string(name)), s.Leaves[name].ID)
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Bundles)) {
+		fmt.Fprintf(&b, "Bundle %s: %d roots of %s\n", quote(string(name)), s.Bundles[name].Count, s.Bundles[name].TrustDomain)
+	}
 	shown := *s
-	if s.Leaf != nil {
-		fmt.Fprintf(&b, "Leaf: %s\n", s.Leaf.ID)
-	}
-	if s.Roots != nil {
-		fmt.Fprintf(&b, "Roots: %d of %s\n", s.Roots.Count, s.Roots.TrustDomain)
-	}
-	shown.Leaf, shown.Roots, shown.Policy, shown.Notices = nil, nil, nil, nil
+	shown.Leaves, shown.Bundles, shown.Notices = nil, nil, nil
 	write(&b, "", reflect.ValueOf(shown))
-	if s.Policy != nil {
-		b.WriteString("Policy:\n")
-		write(&b, "  ", reflect.ValueOf(s.Policy.Config()))
-	}
 	return b.String()
 }
 
@@ -40,6 +39,10 @@ func write(b *strings.Builder, indent string, v reflect.Value) {
 
 func field(b *strings.Builder, indent, name string, v reflect.Value) {
 	for v.Kind() == reflect.Pointer && !v.IsNil() {
+		if p, is := v.Interface().(*intentions.Policy); is {
+			v = reflect.ValueOf(p.Config())
+			break
+		}
 		v = v.Elem()
 	}
 	switch value := v.Interface().(type) {

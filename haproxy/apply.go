@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,17 +18,18 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// ahead applies, before a reload, what needs none: policies, endpoints and the leaf wait
+// ahead applies, before a reload, what needs none: policies, endpoints and leaves wait
 // neither for the structure to be still nor for a reload that fails.
 func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *render.Config) error {
 	if m.running == nil || m.broken || !m.conf.Proxy.Up() {
 		return nil
 	}
-	if !m.conf.Can.CACommit && m.running.Roots.Fingerprint != want.Roots.Fingerprint {
+	if own := render.BundleFile(connect.OwnBundle); !m.conf.Can.CACommit && m.running.Bundles[own].Fingerprint != want.Bundles[own].Fingerprint {
 		now := *snap
-		now.Roots = m.running.Roots // what is verified meanwhile is verified by these
+		now.Bundles = maps.Clone(snap.Bundles)
+		now.Bundles[connect.OwnBundle] = m.running.Bundles[own] // what is verified meanwhile is verified by these
 		var err error
-		if want, _, err = m.conf.Renderer.Render(&now, m.conf.Generation(), m.running); err != nil {
+		if want, _, err = m.conf.Renderer.Render(&now, m.running); err != nil {
 			return stage("render", "correct what the message names in Consul", err)
 		}
 	}
@@ -42,36 +44,50 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 // lineOf finds the line that HAProxy names when it refuses a configuration.
 var lineOf = regexp.MustCompile(`candidate\.cfg:(\d+)\]`)
 
-// exclude leaves out, from now on and as it is, the upstream whose line HAProxy refuses:
-// the others must not suffer for it.
-func (m *Manager) exclude(list []*connect.Upstream, want *render.Config, err error) bool {
+// exclude leaves out, from now on and as they are, the upstreams of whose sections HAProxy
+// refuses a line: the others must not suffer for it.
+func (m *Manager) exclude(snap *connect.Snapshot, want *render.Config, err error) (found bool) {
 	var se *stageError
 	if !errors.As(err, &se) || se.stage != "check" {
 		return false
 	}
-	for _, found := range lineOf.FindAllStringSubmatch(err.Error(), -1) {
-		line, _ := strconv.Atoi(found[1]) // digits
-		name := want.UpstreamAt(line)
-		for _, u := range list {
-			if name != "" && u.Name == name {
-				m.excluded[u] = fmt.Errorf("HAProxy refuses its configuration: %w", se.err)
-				return true
+	for _, named := range lineOf.FindAllStringSubmatch(err.Error(), -1) {
+		line, _ := strconv.Atoi(named[1]) // digits
+		sec := want.At(line)
+		if sec == nil || sec.Role != connect.Local {
+			continue
+		}
+		for _, l := range snap.Upstreams() {
+			if l.Name == sec.Listener || sec.Group != "" && l.LeadsTo(sec.Group) {
+				m.excluded[l] = exclusion{fmt.Errorf("HAProxy refuses its configuration: %w", se.err), groups(snap, l)}
+				found = true
 			}
 		}
 	}
-	return false
+	return found
 }
 
-// without is a list of upstreams without those that were refused.
-func without(list []*connect.Upstream, refused []*render.Refused) []*connect.Upstream {
+// exclusion is why a listener is left out, and what it led to: other groups are another try.
+type exclusion struct {
+	err    error
+	groups []*connect.Group
+}
+
+func groups(s *connect.Snapshot, l *connect.Listener) (out []*connect.Group) {
+	for i := range l.Branches {
+		l.Branches[i].Chain.Groups(func(name connect.GroupName) { out = append(out, s.Group(name)) })
+	}
+	return out
+}
+
+// without is a list of listeners without those that were refused.
+func without(list []*connect.Listener, refused []*render.Refused) []*connect.Listener {
 	if len(refused) == 0 {
 		return list
 	}
-	gone := map[string]bool{}
-	for _, r := range refused {
-		gone[r.Upstream] = true
-	}
-	return slices.DeleteFunc(slices.Clone(list), func(u *connect.Upstream) bool { return gone[u.Name] })
+	return slices.DeleteFunc(slices.Clone(list), func(l *connect.Listener) bool {
+		return slices.ContainsFunc(refused, func(r *render.Refused) bool { return r.Listener == l })
+	})
 }
 
 func (m *Manager) done(want *render.Config, now served) {
@@ -82,29 +98,45 @@ func (m *Manager) done(want *render.Config, now served) {
 	m.mu.Unlock()
 }
 
-// write puts the files of a configuration in place, all but haproxy.cfg itself.
-func (m *Manager) write(c *render.Config, old *render.Config) error {
-	path := func(name string) string { return filepath.Join(m.conf.Dir, name) }
+// WriteFiles puts the files of a configuration in place, all but haproxy.cfg itself, and
+// makes the directories of its sockets. old, if any, is what the files have.
+func WriteFiles(dir string, c, old *render.Config, socketDir func(dir string) error) error {
+	if old == nil {
+		old = &render.Config{}
+	}
+	path := func(name string) string { return filepath.Join(dir, name) }
 	for class := range c.Slots {
-		if err := m.conf.SocketDir(filepath.Join(m.conf.Dir, "sock", class)); err != nil {
+		if err := socketDir(path(render.SlotDir(class))); err != nil {
 			return err
 		}
 	}
 	for name, text := range c.Files {
-		if old != nil && old.Files[name] == text {
-			continue
-		}
-		if err := certs.WriteTo(path(name), strings.NewReader(text), 0o600); err != nil {
-			return err
-		}
-	}
-	if old == nil || old.Roots.Fingerprint != c.Roots.Fingerprint {
-		if err := certs.WriteFile(path(render.RootsFile), []byte(c.Roots.PEM), 0o600); err != nil {
-			return err
+		if old.Files[name] != text {
+			if err := certs.WriteFile(path(name), []byte(text), 0o600); err != nil {
+				return err
+			}
 		}
 	}
-	if old == nil || old.Leaf.Fingerprint != c.Leaf.Fingerprint {
-		return certs.WriteFile(path(render.LeafFile), c.Leaf.PEM(), 0o600)
+	for name, live := range c.Maps {
+		if old.Maps[name] != live {
+			if err := certs.WriteTo(path(name), strings.NewReader(live.Text()), 0o600); err != nil {
+				return err
+			}
+		}
+	}
+	for name, roots := range c.Bundles {
+		if was := old.Bundles[name]; was == nil || was.Fingerprint != roots.Fingerprint {
+			if err := certs.WriteFile(path(name), []byte(roots.PEM), 0o600); err != nil {
+				return err
+			}
+		}
+	}
+	for name, leaf := range c.Leaves {
+		if was := old.Leaves[name]; was == nil || was.Fingerprint != leaf.Fingerprint {
+			if err := certs.WriteFile(path(name), leaf.PEM(), 0o600); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -114,7 +146,7 @@ const tryDisk = "is the run directory writable and the disk not full? (-run-dir)
 // reload writes everything, lets HAProxy check it, and switches over.
 func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (err error) {
 	begun := time.Now()
-	if err := m.write(want, nil); err != nil {
+	if err := WriteFiles(m.conf.Dir, want, nil, m.conf.SocketDir); err != nil {
 		return stage("write", tryDisk, err)
 	}
 	main := filepath.Join(m.conf.Dir, render.MainFile)
@@ -168,7 +200,7 @@ func (m *Manager) newWorker() {
 
 // save puts all files of a configuration in place; old, if any, is what they have.
 func (m *Manager) save(c, old *render.Config) error {
-	if err := m.write(c, old); err != nil {
+	if err := WriteFiles(m.conf.Dir, c, old, m.conf.SocketDir); err != nil {
 		return err
 	}
 	return certs.WriteTo(filepath.Join(m.conf.Dir, render.MainFile), c, 0o600)
@@ -189,8 +221,8 @@ func (m *Manager) live(ctx context.Context, want *render.Config, now served, pla
 			return stage("originator", "is the run directory writable?", err)
 		}
 	}
-	for _, c := range plan.Commands {
-		if err := m.command(ctx, c, want); err != nil {
+	for i := range plan.Commands {
+		if err := m.command(ctx, &plan.Commands[i]); err != nil {
 			m.broken = true
 			return stage("command", "nothing: a reload follows by itself", err)
 		}
@@ -216,63 +248,67 @@ func (m *Manager) do(ctx context.Context, text string, payload []byte, want stri
 	return nil
 }
 
-func (m *Manager) command(ctx context.Context, c Command, want *render.Config) error {
+func (m *Manager) command(ctx context.Context, c *Command) error {
+	name := c.server()
 	switch c.Kind {
-	case Add:
-		if _, draining := m.deleting[c.Server]; draining {
-			// It is still there, draining: take it back. Its name stands for the
-			// same address and options.
-			delete(m.deleting, c.Server)
-			if err := m.do(ctx, weight(c.Server, &c.Set).Text, nil, ""); err != nil {
-				return err
-			}
-			if err := m.do(ctx, maxConn(c.Server, &c.Set).Text, nil, ""); err != nil {
-				return err
-			}
-			return m.do(ctx, "set server "+c.Server+" state ready", nil, "")
+	case AddServer:
+		if _, draining := m.deleting[name]; draining {
+			return m.takeBack(ctx, c)
 		}
-		if err := m.do(ctx, c.Text, nil, c.Want); err != nil {
+		if err := m.do(ctx, c.Text(), nil, "New server registered"); err != nil {
 			return err
 		}
-		return m.do(ctx, "enable server "+c.Server, nil, "")
-	case Remove:
-		if err := m.do(ctx, c.Text, nil, c.Want); err != nil {
+		return m.do(ctx, "enable server "+name, nil, "")
+	case RemoveServer:
+		if err := m.do(ctx, c.Text(), nil, ""); err != nil {
 			return err
 		}
-		if c.Server != "" {
-			m.deleting[c.Server] = time.Now()
-		}
+		m.deleting[name] = time.Now()
 		return nil
-	case Cert:
-		return m.swap(ctx, "cert", want.Dir+"/"+render.LeafFile, c)
-	case CA:
-		return m.swap(ctx, "ca-file", want.Dir+"/"+render.RootsFile, c)
+	case SetBundle:
+		return m.swap(ctx, "ca-file", c)
+	case SetLeaf:
+		return m.swap(ctx, "cert", c)
 	}
-	return m.do(ctx, c.Text, c.Payload, c.Want)
+	return m.do(ctx, c.Text(), nil, "")
+}
+
+// takeBack gives a server that still drains its work again. Its name stands for the same
+// address and options.
+func (m *Manager) takeBack(ctx context.Context, c *Command) error {
+	name := c.server()
+	delete(m.deleting, name)
+	for _, limit := range []bool{false, true} {
+		set := Command{Kind: SetServer, Backend: c.Backend, Server: c.Server, Limit: limit}
+		if err := m.do(ctx, set.Text(), nil, ""); err != nil {
+			return err
+		}
+	}
+	return m.do(ctx, "set server "+name+" state ready", nil, "")
 }
 
 // swap replaces a certificate file in memory and proves that it is in use: some
 // versions say "Success!" and change nothing (haproxy/haproxy#3165).
-func (m *Manager) swap(ctx context.Context, kind, file string, c Command) error {
+func (m *Manager) swap(ctx context.Context, kind string, c *Command) error {
 	// One payload is limited to 16 KiB (tune.bufsize).
 	if len(c.Payload) > 15000 {
 		return errors.New("too large for a command")
 	}
-	err := m.do(ctx, c.Text, c.Payload, "ransaction")
+	err := m.do(ctx, c.Text(), c.Payload, "ransaction")
 	if err == nil {
-		err = m.do(ctx, "commit ssl "+kind+" "+file, nil, "Success!")
+		err = m.do(ctx, "commit ssl "+kind+" "+c.File, nil, "Success!")
 	}
 	if err == nil {
-		err = m.do(ctx, "show ssl "+kind+" "+file, nil, "Status: Used")
+		err = m.do(ctx, "show ssl "+kind+" "+c.File, nil, "Status: Used")
 	}
 	if err != nil {
-		_ = m.do(ctx, "abort ssl "+kind+" "+file, nil, "")
+		_ = m.do(ctx, "abort ssl "+kind+" "+c.File, nil, "")
 		return err
 	}
-	if kind == "cert" {
-		m.conf.Log.Info("the leaf certificate was replaced without a reload")
+	if c.Kind == SetLeaf {
+		m.conf.Log.Info("the leaf certificate was replaced without a reload", "file", filepath.Base(c.File))
 		return nil
 	}
-	m.conf.Log.Info("the roots were replaced without a reload")
+	m.conf.Log.Info("the roots were replaced without a reload", "file", filepath.Base(c.File))
 	return nil
 }

@@ -114,7 +114,7 @@ func (e *Ejector) round(ctx context.Context) {
 func (e *Ejector) backend(ctx context.Context, sec *render.Section) {
 	ctx, cancel := context.WithTimeout(ctx, command)
 	defer cancel()
-	name := strings.TrimPrefix(sec.Name, "backend ")
+	name := sec.Name
 	text, err := e.Do(ctx, "show stat "+name+" 4 -1")
 	rows, perr := runtimeapi.ParseStats(text)
 	if err != nil || perr != nil {

@@ -81,7 +81,7 @@ func (f *fakeServers) out() (n int) {
 }
 
 func ejector(f *fakeServers, p connect.PassiveHealth) *Ejector {
-	sec := &render.Section{Name: "backend api", Passive: &p}
+	sec := &render.Section{Kind: render.Backend, Name: "api", Passive: &p}
 	for _, n := range f.names {
 		sec.Servers = append(sec.Servers, render.Server{Name: n, Weight: 5})
 	}

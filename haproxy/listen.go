@@ -14,98 +14,80 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
+// served is the listeners of the configuration that runs. The zero value is none.
+type served struct {
+	listeners []*connect.Listener
+	held      map[connect.Bind][]connect.Bind // by port or path; nil: not made yet
+}
+
 // listenable leaves out what another process listens on already: HAProxy would refuse to
 // start for one listener, and take the others down, or at a reload close all of them for
-// as long as it tries. An upstream is left out; the inbound side stays as it runs.
+// as long as it tries. A listener of callers that runs somewhere else stays as it runs.
 func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*render.Refused, error) {
 	less := *snap
-	taken := m.listenableUpstreams(&less)
-	if m.conf.Proxy.Inherits() {
-		return &less, taken, nil
-	}
-	for _, l := range snap.Inbound.Listeners() {
-		if m.served.holds(l) {
-			continue // HAProxy has it, or binds it beside what it has
+	for l, why := range m.excluded {
+		if !slices.Contains(snap.Listeners, l) || !slices.Equal(groups(snap, l), why.groups) {
+			delete(m.excluded, l)
 		}
-		err := m.bindable(l)
+	}
+	var taken []*render.Refused
+	inherits := m.conf.Proxy.Inherits()
+	less.Listeners = make([]*connect.Listener, 0, len(snap.Listeners))
+	for i, l := range snap.Listeners {
+		err := m.excluded[l].err
+		if err == nil && !inherits && !m.served.holds(i, l) {
+			err = m.bindable(l.Bind)
+		}
 		if err == nil {
+			less.Listeners = append(less.Listeners, l)
 			continue
 		}
-		const try = "end what listens there (ss -ltnp), or change the port in the registration"
-		if m.served.inbound == nil && l.Port == snap.Inbound.Port {
-			return nil, nil, stage("listen", try, fmt.Errorf("the public listener: %w", err))
+		if !l.Role.Callers() {
+			taken = append(taken, &render.Refused{Listener: l, Err: err})
+			continue
 		}
-		taken = append(taken, &render.Refused{Err: fmt.Errorf("a listener of the service: %w", err)})
-		if m.served.inbound != nil { // a change of it: what runs stays
-			less.Inbound = *m.served.inbound
-			break
+		now := m.served.find(l)
+		if now == nil && l.Role == connect.Public {
+			return nil, nil, stage("listen", "end what listens there (ss -ltnp), or change the port in the registration", fmt.Errorf("the public listener: %w", err))
 		}
-		less.Inbound = less.Inbound.Without(l)
+		taken = append(taken, &render.Refused{Listener: l, Err: fmt.Errorf("a listener of the service: %w", err)})
+		if now != nil {
+			less.Listeners = append(less.Listeners, now)
+		}
 	}
 	return &less, taken, nil
 }
 
-// listenableUpstreams takes upstreams out of a snapshot, and says which and why.
-func (m *Manager) listenableUpstreams(snap *connect.Snapshot) (taken []*render.Refused) {
-	all := snap.Upstreams
-	for u := range m.excluded {
-		if !slices.Contains(all, u) {
-			delete(m.excluded, u)
+// find is the listener that runs in a listener's place, or nil.
+func (s *served) find(l *connect.Listener) *connect.Listener {
+	for _, now := range s.listeners {
+		if now.Role == l.Role && now.Name == l.Name {
+			return now
 		}
 	}
-	held := func(i int, u *connect.Upstream) bool {
-		if have := m.served.upstreams; i < len(have) && have[i].Name == u.Name && have[i].Listen == u.Listen {
-			return true
-		}
-		return m.served.holds(u.Listen)
-	}
-	inherits := m.conf.Proxy.Inherits()
-	var open []*connect.Upstream
-	for i, u := range all {
-		err := m.excluded[u]
-		if err == nil && !inherits && !held(i, u) {
-			err = m.bindable(u.Listen)
-		}
-		if err != nil {
-			if taken == nil {
-				open = append(open, all[:i]...)
-			}
-			taken = append(taken, &render.Refused{Upstream: u.Name, Err: err})
-			continue
-		}
-		if taken != nil {
-			open = append(open, u)
-		}
-	}
-	if taken != nil {
-		snap.Upstreams = open
-	}
-	return taken
+	return nil
 }
 
-// holds reports whether HAProxy listens there, for whatever of ours: also while it is
-// being started again, when it may have its listeners already.
-func (s *served) holds(l connect.Listener) bool {
+// holds reports whether HAProxy listens where a listener wants to, for whatever of ours:
+// also while it is being started again, when it may have its listeners already. i is where
+// the listener stood before, if nothing came or went.
+func (s *served) holds(i int, l *connect.Listener) bool {
+	if i < len(s.listeners) && s.listeners[i].Bind == l.Bind {
+		return true
+	}
+	place := func(b connect.Bind) connect.Bind { return connect.Bind{Port: b.Port, SocketPath: b.SocketPath} }
 	if s.held == nil {
-		s.held = map[connect.Listener][]connect.Listener{}
-		add := func(l connect.Listener) {
-			key := connect.Listener{Port: l.Port, SocketPath: l.SocketPath}
-			s.held[key] = append(s.held[key], l)
-		}
-		for _, u := range s.upstreams {
-			add(u.Listen)
-		}
-		if s.inbound != nil {
-			for _, l := range s.inbound.Listeners() {
-				add(l)
-			}
+		s.held = map[connect.Bind][]connect.Bind{}
+		for _, have := range s.listeners {
+			at := place(have.Bind)
+			s.held[at] = append(s.held[at], have.Bind)
 		}
 	}
-	return slices.ContainsFunc(s.held[connect.Listener{Port: l.Port, SocketPath: l.SocketPath}], l.Clashes)
+	return slices.ContainsFunc(s.held[place(l.Bind)], l.Bind.Clashes)
 }
 
 // bindable tries an address and gives it back.
-func (m *Manager) bindable(l connect.Listener) error {
+func (m *Manager) bindable(l connect.Bind) error {
 	if l.SocketPath != "" {
 		if err := m.bindableSocket(l.SocketPath); err != nil {
 			return fmt.Errorf("local_bind_socket_path %q: %w", l.SocketPath, err)

@@ -30,17 +30,16 @@ type proxy interface {
 
 // renderer is render.Renderer.
 type renderer interface {
-	Render(s *connect.Snapshot, generation string, prev *render.Config) (*render.Config, []*render.Refused, error)
+	Render(s *connect.Snapshot, prev *render.Config) (*render.Config, []*render.Refused, error)
 }
 
 // Config of a Manager.
 type Config struct {
-	Dir        string
-	Renderer   renderer
-	Proxy      proxy
-	Can        Can
-	Log        *slog.Logger
-	Generation func() string // of the policy in force
+	Dir      string
+	Renderer renderer
+	Proxy    proxy
+	Can      Can
+	Log      *slog.Logger
 	// Inherited are the slots of a predecessor's HAProxy that still runs, or nil.
 	Inherited *render.Config
 	// SocketDir makes a directory for sockets of the worker.
@@ -100,20 +99,13 @@ type Manager struct {
 	// Only Run's goroutine:
 	running  *render.Config
 	served   served
-	excluded map[*connect.Upstream]error // HAProxy refuses these as they are
-	broken   bool                        // runtime state is unknown: the next step is a reload
-	unsaved  bool                        // the files are older than what runs
-	damage   string                      // a file or socket that is gone
-	deleting map[string]time.Time        // servers that get nothing new, and since when
+	excluded map[*connect.Listener]exclusion // HAProxy refuses these as they are
+	broken   bool                            // runtime state is unknown: the next step is a reload
+	unsaved  bool                            // the files are older than what runs
+	damage   string                          // a file or socket that is gone
+	deleting map[string]time.Time            // servers that get nothing new, and since when
 	reloaded time.Time
 	lastErr  string
-}
-
-// served is what the listeners of a configuration were made of.
-type served struct {
-	upstreams []*connect.Upstream
-	inbound   *connect.Inbound                        // nil: nothing runs
-	held      map[connect.Listener][]connect.Listener // by port or path; nil: not made yet
 }
 
 // NewManager makes a manager that does nothing before Run.
@@ -121,7 +113,7 @@ func NewManager(c Config) *Manager {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]time.Time{}, excluded: map[*connect.Upstream]error{},
+	return &Manager{conf: c, wake: make(chan struct{}, 1), deleting: map[string]time.Time{}, excluded: map[*connect.Listener]exclusion{},
 		status: Status{Reloads: map[Reason]uint64{}, Errors: map[string]uint64{}}}
 }
 
@@ -280,12 +272,12 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if prev == nil {
 		prev = m.conf.Inherited // slots, if a predecessor's HAProxy uses them
 	}
-	want, refused, err := m.conf.Renderer.Render(open, m.conf.Generation(), prev)
+	want, refused, err := m.conf.Renderer.Render(open, prev)
 	if err != nil {
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
 	m.refusals(append(refused, taken...))
-	next := served{upstreams: without(open.Upstreams, refused), inbound: &open.Inbound}
+	next := served{listeners: without(open.Listeners, refused)}
 	defer func() {
 		// A port that another process has may become free: look again.
 		if err == nil && wait == 0 && len(taken) > 0 {
@@ -331,7 +323,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	}
 	*since = time.Time{}
 	if err := m.reload(ctx, want, plan); err != nil {
-		if m.exclude(open.Upstreams, want, err) {
+		if m.exclude(open, want, err) {
 			return time.Millisecond, nil // again, without it
 		}
 		return 0, err

@@ -19,8 +19,8 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
-	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
 // fakeProxy records what it is told; faults are fields.
@@ -166,7 +166,7 @@ func newBed(t *testing.T) *bed {
 	r, err := render.New(render.Options{Dir: dir})
 	require.NoError(t, err)
 	b := &bed{t: t, proxy: &fakeProxy{file: filepath.Join(dir, render.MainFile)}, ca: ca, leaf: leaf, roots: roots}
-	b.m = NewManager(Config{Dir: dir, Renderer: r, Proxy: b.proxy, Generation: func() string { return "g" },
+	b.m = NewManager(Config{Dir: dir, Renderer: r, Proxy: b.proxy,
 		SocketDir: func(d string) error { return os.MkdirAll(d, 0o700) }})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
@@ -180,15 +180,16 @@ func newBed(t *testing.T) *bed {
 
 // want publishes upstreams by name; the number after ":" is the count of endpoints.
 func (b *bed) want(ups ...string) {
-	s := &connect.Snapshot{Proxy: connect.Proxy{Service: "www", Datacenter: "dc1", TrustDomain: b.ca.TrustDomain}, Leaf: b.leaf, Roots: b.roots, Policy: &intentions.Policy{}}
+	s := connecttest.Snapshot(b.leaf, b.roots)
 	for i, spec := range ups {
 		name, n, _ := strings.Cut(spec, ":")
-		u := &connect.Upstream{Name: name, Protocol: connect.HTTP, ConnectTimeout: time.Second, IdleTimeout: time.Minute,
-			Listen: connect.Listener{SocketPath: fmt.Sprintf("/tmp/hcm-%d.sock", i), SocketMode: "600"}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{b.ca.ID(name)}}}
+		var list []connect.Endpoint
 		for j := range len(n) {
-			u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: "e" + n[j:j+1], Address: "10.0.0.1", Port: 20000 + int(n[j]), Weight: 1})
+			list = append(list, connect.Endpoint{Name: "e" + n[j:j+1], Address: "10.0.0.1", Port: 20000 + int(n[j]), Weight: 1})
 		}
-		s.Upstreams = append(s.Upstreams, u)
+		up := connecttest.Upstream(name, connect.HTTP, 0, b.ca.ID(name), list...)
+		up.Listener.Bind = connect.Bind{SocketPath: fmt.Sprintf("/tmp/hcm-%d.sock", i)}
+		connecttest.Add(s, up)
 	}
 	b.m.Want(s)
 }
@@ -333,7 +334,7 @@ func TestLeafIsSwappedLive(t *testing.T) {
 		_, reloads, commands := b.proxy.counts()
 		require.Zero(t, reloads)
 		require.Contains(t, strings.Join(commands, "\n"), "commit ssl cert")
-		disk, err := os.ReadFile(filepath.Join(filepath.Dir(b.proxy.file), render.LeafFile))
+		disk, err := os.ReadFile(filepath.Join(filepath.Dir(b.proxy.file), render.LeafFile(connect.OwnLeaf)))
 		require.NoError(t, err)
 		require.Equal(t, string(b.leaf.PEM()), string(disk))
 	})
@@ -359,7 +360,7 @@ func TestRunDirectoryIsRestored(t *testing.T) {
 		require.NoError(t, os.RemoveAll(filepath.Join(dir, "tls")))
 		time.Sleep(1100 * time.Millisecond)
 		synctest.Wait()
-		require.FileExists(t, filepath.Join(dir, render.LeafFile))
+		require.FileExists(t, filepath.Join(dir, render.LeafFile(connect.OwnLeaf)))
 		require.Zero(t, b.proxy.replacements(), "the sockets are there")
 		require.NoError(t, os.RemoveAll(dir))
 		time.Sleep(1100 * time.Millisecond)
@@ -421,19 +422,22 @@ func benchmarkChange(b *testing.B, upstreams, endpoints, change int) {
 	r, err := render.New(render.Options{Dir: dir})
 	require.NoError(b, err)
 	proxy := &fakeProxy{file: filepath.Join(dir, render.MainFile)}
-	m := NewManager(Config{Dir: dir, Renderer: r, Proxy: proxy, Generation: func() string { return "g" }, SocketDir: func(d string) error { return os.MkdirAll(d, 0o700) }})
-	full := &connect.Snapshot{Proxy: connect.Proxy{Service: "www", Datacenter: "dc1", TrustDomain: ca.TrustDomain}, Leaf: leaf, Roots: roots, Policy: &intentions.Policy{}}
+	m := NewManager(Config{Dir: dir, Renderer: r, Proxy: proxy, SocketDir: func(d string) error { return os.MkdirAll(d, 0o700) }})
+	full := connecttest.Snapshot(leaf, roots)
+	var ways []connecttest.Way
 	for i := range upstreams {
 		name := fmt.Sprintf("u%d", i)
-		u := &connect.Upstream{Name: name, Protocol: connect.HTTP, ConnectTimeout: time.Second, IdleTimeout: time.Minute,
-			Listen: connect.Listener{SocketPath: fmt.Sprintf("/tmp/hcb-%d.sock", i), SocketMode: "600"}, Target: connect.Target{Name: name + ".default.dc1", IDs: []certs.SPIFFEID{ca.ID(name)}}}
+		var list []connect.Endpoint
 		for j := range endpoints {
-			u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: fmt.Sprintf("e%d", j), Address: fmt.Sprintf("10.%d.%d.%d", i%250, j/250, j%250+1), Port: 20000, Weight: 1})
+			list = append(list, connect.Endpoint{Name: fmt.Sprintf("e%d", j), Address: fmt.Sprintf("10.%d.%d.%d", i%250, j/250, j%250+1), Port: 20000, Weight: 1})
 		}
-		full.Upstreams = append(full.Upstreams, u)
+		up := connecttest.Upstream(name, connect.HTTP, 0, ca.ID(name), list...)
+		up.Listener.Bind = connect.Bind{SocketPath: fmt.Sprintf("/tmp/hcb-%d.sock", i)}
+		ways = append(ways, up)
 	}
-	first := *full.Upstreams[0]
-	first.Target.Endpoints = first.Target.Endpoints[:endpoints-change]
+	connecttest.Add(full, ways...)
+	first := *full.Targets[0]
+	first.Endpoints = first.Endpoints[:endpoints-change]
 	var since time.Time
 	var last string
 	step := func(s *connect.Snapshot) {
@@ -455,9 +459,9 @@ func benchmarkChange(b *testing.B, upstreams, endpoints, change int) {
 			step(full)
 			continue
 		}
-		less.Upstreams = slices.Clone(full.Upstreams)
+		less.Targets = slices.Clone(full.Targets)
 		one := first
-		less.Upstreams[0] = &one
+		less.Targets[0] = &one
 		step(&less)
 		clear(m.deleting)
 	}
@@ -486,9 +490,9 @@ func TestARefusedUpstreamIsLeftOut(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		st := b.m.Status()
 		require.Empty(t, st.Err)
-		require.NotNil(t, st.Running.Find("frontend up_db"))
-		require.NotNil(t, st.Running.Find("frontend up_api"))
-		require.Nil(t, st.Running.Find("frontend up_bad"))
+		require.NotNil(t, st.Running.Find(render.Frontend, "up_db"))
+		require.NotNil(t, st.Running.Find(render.Frontend, "up_api"))
+		require.Nil(t, st.Running.Find(render.Frontend, "up_bad"))
 		require.Len(t, st.Refused, 1)
 		require.Contains(t, st.Refused[0], "HAProxy refuses its configuration")
 	})
@@ -528,6 +532,6 @@ func TestAFailingReloadHoldsUpNothing(t *testing.T) {
 		b.proxy.mu.Unlock()
 		time.Sleep(time.Minute)
 		require.Empty(t, b.m.Status().Err)
-		require.NotNil(t, b.m.Status().Running.Find("frontend up_db"))
+		require.NotNil(t, b.m.Status().Running.Find(render.Frontend, "up_db"))
 	})
 }

@@ -13,7 +13,7 @@ package haproxy
 
 import (
 	"fmt"
-	stdmaps "maps"
+	"maps"
 	"slices"
 	"strings"
 
@@ -38,7 +38,7 @@ const (
 	RootsCA   Reason = "roots"     // on versions that cannot change them live
 	SlotsFull Reason = "slots"     // more endpoints of HTTP upstreams than sockets
 	Repair    Reason = "repair"    // a command failed, or HAProxy had drifted
-	Inbound   Reason = "inbound"   // the public listener or the application behind it
+	Inbound   Reason = "inbound"   // a listener of callers or the application behind it
 )
 
 // Reasons are all of them.
@@ -49,23 +49,55 @@ type Kind int
 
 // Kinds of commands.
 const (
-	Map Kind = iota
-	Add
-	Weight
-	Remove
-	Unmap
-	CA // before Cert: accept by the new root before showing a leaf of it
-	Cert
+	SetEntry Kind = iota // of a map
+	AddServer
+	SetServer // weight or limit
+	RemoveServer
+	RemoveEntry
+	SetBundle // before SetLeaf: accept by the new root before showing a leaf of it
+	SetLeaf
 )
 
-// Command is one line of the runtime API. A payload travels apart and is never printed.
+// Command is one change that HAProxy takes while it runs. Its text is made when it is sent.
 type Command struct {
 	Kind    Kind
-	Text    string
-	Payload []byte
-	Want    string        // the answer must contain it; "" wants an empty answer
-	Server  string        // backend/server that Add, Weight and Remove are about
-	Set     render.Server // Add: what is added
+	File    string // of a map, bundle or leaf: its path
+	Key     string // of an entry
+	Value   string
+	New     bool   // SetEntry: the key is not in the map yet
+	Backend string // of a server
+	Server  render.Server
+	Limit   bool   // SetServer: the limit of connections, not the weight
+	Payload []byte // SetBundle, SetLeaf; it travels apart and is never printed
+}
+
+// server is the name by which commands call a server.
+func (c *Command) server() string { return c.Backend + "/" + c.Server.Name }
+
+// Text is the line of the runtime API.
+func (c *Command) Text() string {
+	switch c.Kind {
+	case SetEntry:
+		verb := "set"
+		if c.New {
+			verb = "add"
+		}
+		return fmt.Sprintf("%s map %s %s %s", verb, c.File, c.Key, c.Value)
+	case AddServer:
+		return "add server " + c.Backend + "/" + c.Server.Added()
+	case SetServer:
+		if c.Limit {
+			return fmt.Sprintf("set maxconn server %s %d", c.server(), c.Server.MaxConn)
+		}
+		return fmt.Sprintf("set server %s weight %d", c.server(), c.Server.Weight)
+	case RemoveServer:
+		return fmt.Sprintf("set server %s state drain", c.server())
+	case RemoveEntry:
+		return fmt.Sprintf("del map %s %s", c.File, c.Key)
+	case SetBundle:
+		return "set ssl ca-file " + c.File
+	}
+	return "set ssl cert " + c.File
 }
 
 // String prints the plan for people and for tests.
@@ -74,8 +106,9 @@ func (p Plan) String() string {
 		return fmt.Sprintf("reload (%s): %s\n", p.Reload, p.Detail)
 	}
 	var b strings.Builder
-	for _, c := range p.Commands {
-		b.WriteString(c.Text)
+	for i := range p.Commands {
+		c := &p.Commands[i]
+		b.WriteString(c.Text())
 		if c.Payload != nil {
 			b.WriteString(" <payload>")
 		}
@@ -101,19 +134,23 @@ func NewPlan(running, want *render.Config, can Can) Plan {
 	if p := structure(running, want); p.Reload != "" {
 		return p
 	}
-	if running.Roots.Fingerprint != want.Roots.Fingerprint && !can.CACommit {
-		return Plan{Reload: RootsCA, Detail: "the roots changed and this version of HAProxy cannot change them live"}
-	}
 	var p Plan
-	maps(running, want, &p)
+	p.maps(running, want)
 	for i, now := range running.Sections {
 		if now != want.Sections[i] {
-			servers(now, want.Sections[i], &p)
+			p.servers(now, want.Sections[i])
 		}
 	}
-	certificates(running, want, &p)
+	p.leaves(running, want)
+	if p.bundles(running, want); p.changes(SetBundle) && !can.CACommit {
+		return Plan{Reload: RootsCA, Detail: "the roots changed and this version of HAProxy cannot change them live"}
+	}
 	slices.SortStableFunc(p.Commands, func(a, b Command) int { return int(a.Kind) - int(b.Kind) })
 	return p
+}
+
+func (p *Plan) changes(k Kind) bool {
+	return slices.ContainsFunc(p.Commands, func(c Command) bool { return c.Kind == k })
 }
 
 // structure finds what the runtime API cannot change.
@@ -122,32 +159,36 @@ func structure(running, want *render.Config) Plan {
 		same := true
 		for i, s := range running.Sections {
 			w := want.Sections[i]
-			same = same && (s == w || key(s) == key(w) && s.Head == w.Head)
+			same = same && (s == w || s.ID == w.ID && s.Head == w.Head)
 		}
 		if same {
-			return files(running, want)
+			return otherFiles(running, want)
 		}
 	}
 	have := make(map[string]*render.Section, len(running.Sections))
 	for _, s := range running.Sections {
-		have[key(s)] = s
+		have[s.ID] = s
 	}
 	var added, changed []string
+	reason := Structure
 	same := len(running.Sections) == len(want.Sections)
 	for i, s := range want.Sections {
-		old := have[key(s)]
-		delete(have, key(s))
+		old := have[s.ID]
+		delete(have, s.ID)
 		switch {
 		case old == nil:
-			added = append(added, s.Name)
+			added = append(added, s.Title())
 		case old.Head != s.Head:
-			changed = append(changed, s.Name)
+			changed = append(changed, s.Title())
+			if s.Role.Callers() {
+				reason = Inbound
+			}
 		}
-		same = same && key(running.Sections[i]) == key(s)
+		same = same && running.Sections[i].ID == s.ID
 	}
 	var gone []string
 	for _, s := range have {
-		gone = append(gone, s.Name)
+		gone = append(gone, s.Title())
 	}
 	slices.Sort(gone)
 	for class, t := range want.Slots {
@@ -159,33 +200,21 @@ func structure(running, want *render.Config) Plan {
 	case len(added)+len(gone) > 0:
 		return Plan{Reload: Upstreams, Detail: detail(list("added", added), list("removed", gone), list("changed", changed))}
 	case len(changed) > 0:
-		reason := Structure
-		if slices.Contains(changed, "frontend public") || slices.Contains(changed, "backend local_app") {
-			reason = Inbound
-		}
 		return Plan{Reload: reason, Detail: list("changed", changed)}
 	case !same:
 		return Plan{Reload: Structure, Detail: "the order of sections"}
 	}
-	return files(running, want)
+	return otherFiles(running, want)
 }
 
-// files finds changed files that HAProxy only reads when it starts.
-func files(running, want *render.Config) Plan {
+// otherFiles finds changed files that HAProxy only reads when it starts.
+func otherFiles(running, want *render.Config) Plan {
 	for name, text := range want.Files {
-		if running.Files[name] != text && !strings.HasPrefix(name, "maps/") {
+		if running.Files[name] != text {
 			return Plan{Reload: Structure, Detail: "changed " + name}
 		}
 	}
 	return Plan{}
-}
-
-// key tells sections apart, also two global ones.
-func key(s *render.Section) string {
-	if s.Name == "global" {
-		return s.Name + s.Comment
-	}
-	return s.Name
 }
 
 func list(what string, names []string) string {
@@ -203,99 +232,83 @@ func detail(parts ...string) string {
 	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "; ")
 }
 
-// maps brings the slots' maps and the policy's generation up to date.
-func maps(running, want *render.Config, p *Plan) {
-	for _, class := range slices.Sorted(stdmaps.Keys(want.Slots)) {
-		now, next := running.Slots[class], want.Slots[class]
-		if now == next {
+// maps brings every map up to date that HAProxy knows.
+func (p *Plan) maps(running, want *render.Config) {
+	for _, name := range slices.Sorted(maps.Keys(want.Maps)) {
+		now, next := running.Maps[name], want.Maps[name]
+		if now == nil || now == next || !next.Read {
 			continue
 		}
-		file := want.Dir + "/" + render.SlotMapFile(class)
-		if _, ok := want.Files[render.SlotMapFile(class)]; !ok {
-			continue // the Go dialer's slots have no map
+		file := want.Dir + "/" + name
+		set := func(e render.Entry, fresh bool) {
+			p.Commands = append(p.Commands, Command{Kind: SetEntry, File: file, Key: e.Key, Value: e.Value, New: fresh})
 		}
-		for i := range max(len(now.Values), len(next.Values)) {
-			was, is := value(now, i), value(next, i)
-			if was == is {
-				continue
-			}
-			key := render.Slot{ID: i + 1}.Key()
+		was, is := now.Entries, next.Entries
+		for len(was)+len(is) > 0 {
 			switch {
-			case is == "":
-				p.Commands = append(p.Commands, Command{Kind: Unmap, Text: fmt.Sprintf("del map %s %s", file, key)})
-			case was == "":
-				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("add map %s %s %s", file, key, is)})
+			case len(was) == 0 || len(is) > 0 && is[0].Before(was[0]):
+				set(is[0], true)
+				is = is[1:]
+			case len(is) == 0 || was[0].Before(is[0]):
+				p.Commands = append(p.Commands, Command{Kind: RemoveEntry, File: file, Key: was[0].Key})
+				was = was[1:]
 			default:
-				p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("set map %s %s %s", file, key, is)})
+				if was[0].Value != is[0].Value {
+					set(is[0], false)
+				}
+				was, is = was[1:], is[1:]
 			}
 		}
 	}
-	if running.Generation != want.Generation && uses(want, render.PolicyMap) {
-		p.Commands = append(p.Commands, Command{Kind: Map, Text: fmt.Sprintf("set map %s/%s %s %s", want.Dir, render.PolicyMap, render.PolicyKey, want.Generation)})
-	}
 }
 
-func value(t *render.SlotTable, i int) string {
-	if i >= len(t.Values) {
-		return ""
-	}
-	return t.Values[i]
-}
-
-// uses reports whether the public frontend reads a map; HAProxy knows no other.
-func uses(c *render.Config, file string) bool {
-	s := c.Find("frontend public")
-	return s != nil && strings.Contains(s.Head, file)
-}
-
-func weight(full string, s *render.Server) Command {
-	return Command{Kind: Weight, Server: full, Text: fmt.Sprintf("set server %s weight %d", full, s.Weight)}
-}
-
-func maxConn(full string, s *render.Server) Command {
-	return Command{Kind: Weight, Server: full, Text: fmt.Sprintf("set maxconn server %s %d", full, s.MaxConn)}
-}
-
-func servers(now, want *render.Section, p *Plan) {
+// servers brings the endpoints of a backend up to date.
+func (p *Plan) servers(now, want *render.Section) {
 	if len(now.Servers) == 0 && len(want.Servers) == 0 {
 		return
 	}
-	backend := strings.TrimPrefix(want.Name, "backend ")
+	change := func(k Kind, s *render.Server, limit bool) {
+		p.Commands = append(p.Commands, Command{Kind: k, Backend: want.Name, Server: *s, Limit: limit})
+	}
 	old := make(map[string]*render.Server, len(now.Servers))
 	for i := range now.Servers {
 		old[now.Servers[i].Name] = &now.Servers[i]
 	}
 	for i := range want.Servers {
 		s := &want.Servers[i]
-		full := backend + "/" + s.Name
 		was := old[s.Name]
 		delete(old, s.Name)
-		if was == nil {
-			p.Commands = append(p.Commands, Command{Kind: Add, Server: full, Set: *s,
-				Text: "add server " + backend + "/" + s.Added(), Want: "New server registered"})
+		switch {
+		case was == nil:
+			change(AddServer, s, false)
 			continue
-		}
-		if was.Weight != s.Weight {
-			p.Commands = append(p.Commands, weight(full, s))
+		case was.Weight != s.Weight:
+			change(SetServer, s, false)
 		}
 		if was.MaxConn != s.MaxConn {
-			p.Commands = append(p.Commands, maxConn(full, s))
+			change(SetServer, s, true)
 		}
 	}
 	for i := range now.Servers {
-		if name := now.Servers[i].Name; old[name] != nil {
-			full := backend + "/" + name
-			p.Commands = append(p.Commands, Command{Kind: Remove, Server: full, Text: fmt.Sprintf("set server %s state drain", full)})
+		if s := &now.Servers[i]; old[s.Name] != nil {
+			change(RemoveServer, s, false)
 		}
 	}
 }
 
-// certificates replaces leaf and roots in place; Manager proves each by "Used".
-func certificates(running, want *render.Config, p *Plan) {
-	if running.Roots.Fingerprint != want.Roots.Fingerprint {
-		p.Commands = append(p.Commands, Command{Kind: CA, Text: "set ssl ca-file " + want.Dir + "/" + render.RootsFile, Payload: []byte(want.Roots.PEM)})
+// bundles and leaves replace certificates in place; Manager proves each by "Used".
+func (p *Plan) bundles(running, want *render.Config) {
+	for _, name := range slices.Sorted(maps.Keys(want.Bundles)) {
+		if now, next := running.Bundles[name], want.Bundles[name]; now != nil && now.Fingerprint != next.Fingerprint {
+			p.Commands = append(p.Commands, Command{Kind: SetBundle, File: want.Dir + "/" + name, Payload: []byte(next.PEM)})
+		}
 	}
-	if running.Leaf.Fingerprint != want.Leaf.Fingerprint {
-		p.Commands = append(p.Commands, Command{Kind: Cert, Text: "set ssl cert " + want.Dir + "/" + render.LeafFile, Payload: want.Leaf.PEM()})
+}
+
+func (p *Plan) leaves(running, want *render.Config) {
+	for _, name := range slices.Sorted(maps.Keys(want.Leaves)) {
+		if now, next := running.Leaves[name], want.Leaves[name]; now != nil && now.Fingerprint != next.Fingerprint {
+			p.Commands = append(p.Commands, Command{Kind: SetLeaf, File: want.Dir + "/" + name, Payload: next.PEM()})
+		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
@@ -23,8 +24,8 @@ var update = flag.Bool("update", false, "write what the tests get as what they e
 // planCase is one side of a case in testdata/plan.
 type planCase struct {
 	Inbound    connect.Protocol // "": a client only
-	Generation string
-	Leaf, Root int // which of the test's certificates
+	Policy     string           // what differs between two
+	Leaf, Root int              // which of the test's certificates
 	Upstreams  []planUpstream
 }
 
@@ -62,28 +63,27 @@ func newPlanCerts(t testing.TB) *planCerts {
 func (c planCase) render(t testing.TB, p *planCerts, r *render.Renderer, prev *render.Config) *render.Config {
 	roots, err := p.cas[c.Root].Roots()
 	require.NoError(t, err)
-	s := &connect.Snapshot{Proxy: connect.Proxy{Service: "www", Datacenter: "dc1", TrustDomain: roots.TrustDomain},
-		Leaf: p.leaves[c.Leaf], Roots: roots, Policy: &intentions.Policy{}}
+	s := connecttest.Snapshot(p.leaves[c.Leaf], roots)
 	if c.Inbound != "" {
-		s.Inbound = connect.Inbound{Address: "0.0.0.0", Port: 21000, Protocol: c.Inbound, Local: connect.Local{Address: "127.0.0.1", Port: 8080}, LocalConnectTimeout: time.Second}
+		public := connecttest.Public(c.Inbound)
+		public.Listener.Branches[0].Guard.Policy = intentions.NewPolicy(intentions.Config{Destination: c.Policy})
+		connecttest.Add(s, public)
 	}
 	for _, u := range c.Upstreams {
-		timeout, err := time.ParseDuration(u.Connect)
-		if err != nil {
-			timeout = 5 * time.Second
-		}
-		up := &connect.Upstream{Name: u.Name, Protocol: u.Protocol, ConnectTimeout: timeout, IdleTimeout: time.Minute,
-			Listen: connect.Listener{Address: "127.0.0.1", Port: u.Port},
-			Target: connect.Target{Name: u.Name + ".default.dc1", IDs: []certs.SPIFFEID{p.cas[0].ID(u.Name)}}}
-		if u.Passive {
-			up.Passive = &connect.PassiveHealth{Interval: time.Second, MaxFailures: 3, BaseEjection: 30 * time.Second}
-		}
+		var list []connect.Endpoint
 		for _, e := range u.Endpoints {
-			up.Target.Endpoints = append(up.Target.Endpoints, connect.Endpoint{Name: e.Name, Address: e.Address, Port: e.Port, Weight: e.Weight})
+			list = append(list, connect.Endpoint{Name: e.Name, Address: e.Address, Port: e.Port, Weight: e.Weight})
 		}
-		s.Upstreams = append(s.Upstreams, up)
+		up := connecttest.Upstream(u.Name, u.Protocol, u.Port, p.cas[0].ID(u.Name), list...)
+		if timeout, err := time.ParseDuration(u.Connect); err == nil {
+			up.Group.Connect = timeout
+		}
+		if u.Passive {
+			up.Group.Passive = &connect.PassiveHealth{Interval: time.Second, MaxFailures: 3, BaseEjection: 30 * time.Second}
+		}
+		connecttest.Add(s, up)
 	}
-	conf, refused, err := r.Render(s, c.Generation, prev)
+	conf, refused, err := r.Render(s, prev)
 	require.NoError(t, err)
 	require.Empty(t, refused)
 	return conf

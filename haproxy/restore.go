@@ -15,7 +15,7 @@ func sockets(c *render.Config) []string {
 	out := []string{render.StatsSocket, render.AdminSocket, render.AuthzSocket, render.MasterSocket}
 	for class, t := range c.Slots {
 		id := 0
-		if c.Find("frontend connect_"+class) != nil {
+		if c.Maps[render.SlotMapFile(class)] != nil { // connectors of HAProxy: every socket
 			id = 1
 		} else { // the Go dialer listens on those in use
 			t.Each(func(_ string, used int) { id = used })
@@ -23,6 +23,18 @@ func sockets(c *render.Config) []string {
 		if id != 0 {
 			out = append(out, render.SlotSocket(render.Slot{Class: class, ID: id}))
 		}
+	}
+	return out
+}
+
+// files lists what HAProxy reads when it starts and cannot do without.
+func files(c *render.Config) []string {
+	out := []string{render.MainFile}
+	for name := range c.Leaves {
+		out = append(out, name)
+	}
+	for name := range c.Bundles {
+		out = append(out, name)
 	}
 	return out
 }
@@ -40,7 +52,7 @@ func (m *Manager) missing(names []string) string {
 // damaged looks for files and sockets that somebody removed: without them a new
 // connection of an HTTP upstream, a verdict or a command has nowhere to go.
 func (m *Manager) damaged() bool {
-	m.damage = m.missing(append(sockets(m.running), render.MainFile, render.LeafFile, render.RootsFile))
+	m.damage = m.missing(append(sockets(m.running), files(m.running)...))
 	if m.damage != "" {
 		m.conf.Log.Warn("somebody removed a part of the run directory; restoring it", "missing", m.damage)
 	}

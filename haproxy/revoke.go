@@ -41,7 +41,7 @@ func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort,
 	}
 	var wrong *multierror.Error
 	for _, s := range runtimeapi.ParseSessions(out) {
-		if !s.From.IsValid() || !render.Inbound(s.Frontend, s.Backend) {
+		if !s.From.IsValid() || !render.Guarded(s.Frontend, s.Backend) {
 			continue
 		}
 		end, stays, err := ends(ctx, do, s, judge)

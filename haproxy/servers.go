@@ -5,7 +5,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 // deleteServers removes servers whose last session has ended.
@@ -32,7 +32,8 @@ func (m *Manager) deleteServers(ctx context.Context) {
 	m.mu.Unlock()
 }
 
-// drifted compares the servers HAProxy has with those it should have.
+// drifted compares what HAProxy has with what it should have: servers, entries of maps,
+// leaf certificates. Where it does not answer there is nothing to compare.
 func (m *Manager) drifted(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, command)
 	defer cancel()
@@ -40,19 +41,30 @@ func (m *Manager) drifted(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	have := map[string]bool{}
-	for line := range strings.Lines(out) {
-		f := strings.Fields(line)
-		if len(f) < 8 || f[0] == "#" {
+	missing, extra := m.otherServers(runtimeapi.ParseServers(out))
+	entries := m.otherEntries(ctx)
+	leaf := m.otherLeaf(ctx)
+	if missing+extra+entries == 0 && leaf == "" {
+		return false
+	}
+	m.conf.Log.Warn("HAProxy is not in the state it was left in; repairing", "missing", missing, "unknown", extra, "map_entries", entries, "other_leaf", leaf)
+	m.broken = true
+	m.mu.Lock()
+	m.status.Drifts++
+	m.mu.Unlock()
+	return true
+}
+
+// otherServers counts servers that HAProxy should have and has not, and the reverse.
+func (m *Manager) otherServers(have map[string]bool) (missing, extra int) {
+	ours := map[string]bool{}
+	for _, s := range m.running.Sections {
+		if len(s.Servers) == 0 {
 			continue
 		}
-		have[f[1]+"/"+f[3]] = true
-	}
-	missing, extra := 0, 0
-	for _, s := range m.running.Sections {
-		backend := strings.TrimPrefix(s.Name, "backend ")
+		ours[s.Name] = true
 		for i := range s.Servers {
-			full := backend + "/" + s.Servers[i].Name
+			full := s.Name + "/" + s.Servers[i].Name
 			if !have[full] {
 				missing++
 			}
@@ -60,26 +72,43 @@ func (m *Manager) drifted(ctx context.Context) bool {
 		}
 	}
 	for full := range have {
-		backend, _, _ := strings.Cut(full, "/")
-		if sec := m.running.Find("backend " + backend); sec != nil && len(sec.Servers) > 0 && m.deleting[full].IsZero() {
+		if backend, _, _ := strings.Cut(full, "/"); ours[backend] && m.deleting[full].IsZero() {
 			extra++
 		}
 	}
-	leaf := ""
-	if out, err := m.conf.Proxy.Do(ctx, "show ssl cert "+m.running.Dir+"/"+render.LeafFile, nil); err == nil {
-		for line := range strings.Lines(out) {
-			if serial, ok := strings.CutPrefix(strings.TrimSpace(line), "Serial: "); ok && serial != m.running.Leaf.Serial {
-				leaf = serial
+	return missing, extra
+}
+
+// otherEntries counts entries of maps that HAProxy has not as it should.
+func (m *Manager) otherEntries(ctx context.Context) (other int) {
+	for name, live := range m.running.Maps {
+		if !live.Read {
+			continue
+		}
+		out, err := m.conf.Proxy.Do(ctx, "show map "+m.running.Dir+"/"+name, nil)
+		if err != nil {
+			continue
+		}
+		have := runtimeapi.ParseMap(out)
+		for _, e := range live.Entries {
+			if have[e.Key] != e.Value {
+				other++
 			}
 		}
 	}
-	if missing+extra == 0 && leaf == "" {
-		return false
+	return other
+}
+
+// otherLeaf is the serial number of a leaf that HAProxy shows and should not, or "".
+func (m *Manager) otherLeaf(ctx context.Context) string {
+	for name, leaf := range m.running.Leaves {
+		out, err := m.conf.Proxy.Do(ctx, "show ssl cert "+m.running.Dir+"/"+name, nil)
+		if err != nil {
+			continue
+		}
+		if serial := runtimeapi.ParseCertificate(out); serial != "" && serial != leaf.Serial {
+			return serial
+		}
 	}
-	m.conf.Log.Warn("HAProxy is not in the state it was left in; repairing", "missing", missing, "unknown", extra, "other_leaf", leaf)
-	m.broken = true
-	m.mu.Lock()
-	m.status.Drifts++
-	m.mu.Unlock()
-	return true
+	return ""
 }

@@ -94,6 +94,7 @@ type Config struct {
 type Policy struct {
 	conf     Config
 	valid    bool
+	digest   string
 	rules    []rule            // by falling precedence
 	exact    map[sourceKey]int // first rule that names the source exactly
 	wild     []int             // rules with a wildcard anywhere
@@ -127,7 +128,7 @@ type Decision struct {
 // NewPolicy compiles. A permission that cannot be compiled is an error in that
 // intention alone: the intention then denies, and says why.
 func NewPolicy(c Config) *Policy {
-	p := &Policy{conf: c, valid: true, exact: map[sourceKey]int{}}
+	p := &Policy{conf: c, valid: true, digest: digest(c), exact: map[sourceKey]int{}}
 	verb := "denies"
 	if c.DefaultAllow {
 		verb = "allows"
@@ -208,7 +209,11 @@ func (p *Policy) Digest() string {
 	if p == nil || !p.valid {
 		return "none"
 	}
-	text, err := json.Marshal(p.conf)
+	return p.digest
+}
+
+func digest(c Config) string {
+	text, err := json.Marshal(c)
 	if err != nil { // it has nothing that JSON does not know
 		return ""
 	}

@@ -22,8 +22,8 @@ func (s *sidecar) accessLine(line string) {
 		return
 	}
 	sink := "stdout" // nothing that Consul names is written to unless it was looked at
-	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.Inbound.AccessLog.Sink != "" {
-		sink = snap.Inbound.AccessLog.Sink
+	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.AccessLog.Sink != "" {
+		sink = snap.AccessLog.Sink
 	}
 	switch sink {
 	case "stdout":

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -131,7 +132,7 @@ func (s *sidecar) reasons() []string {
 	snap := s.newest.Load()
 	if snap == nil {
 		out = append(out, "waiting for the first complete answer of Consul")
-		for _, f := range s.watcher.Feeds() {
+		for _, f := range s.source.Feeds() {
 			if f.Err != "" {
 				out = append(out, f.Name+": "+f.Err)
 			} else if f.Answers == 0 {
@@ -149,7 +150,7 @@ func (s *sidecar) reasons() []string {
 	} else if !s.proc.Up() {
 		out = append(out, "HAProxy is not running")
 	}
-	if time.Now().After(snap.Leaf.NotAfter) {
+	if time.Now().After(snap.Leaf().NotAfter) {
 		out = append(out, "the leaf certificate has expired")
 	}
 	return out
@@ -256,7 +257,7 @@ func (s *sidecar) status() statusReport {
 		return out // what follows is not made yet
 	}
 	out.HAProxy = s.binary.Version.String()
-	for _, f := range s.watcher.Feeds() {
+	for _, f := range s.source.Feeds() {
 		out.Feeds = append(out.Feeds, statusFeed{f.Name, f.Err, f.Since, f.Answers, f.Errors})
 	}
 	st := s.manager.Status()
@@ -273,33 +274,22 @@ func (s *sidecar) status() statusReport {
 	if snap == nil {
 		return out
 	}
-	out.Proxy, out.Service, out.SPIFFEID = snap.Proxy.ID, snap.Proxy.Service, snap.Leaf.ID.String()
-	if snap.Inbound.Port != 0 {
-		out.Listen = fmt.Sprintf("%s:%d", snap.Inbound.Address, snap.Inbound.Port)
-		out.Protocol = string(snap.Inbound.Protocol)
+	leaf := snap.Leaf()
+	out.Proxy, out.Service, out.SPIFFEID = snap.Proxy.ID, snap.Proxy.Service, leaf.ID.String()
+	if public := snap.Public(); public != nil {
+		out.Listen, out.Protocol = public.Bind.String(), string(public.Protocol())
 	}
-	out.Leaf = map[string]string{"serial": snap.Leaf.Serial, "until": snap.Leaf.NotAfter.UTC().Format(time.RFC3339),
-		"left": time.Until(snap.Leaf.NotAfter).Round(time.Second).String(), "key": snap.Leaf.KeyKind()}
-	out.Roots = snap.Roots.Count
-	for _, root := range snap.Roots.List {
+	out.Leaf = map[string]string{"serial": leaf.Serial, "until": leaf.NotAfter.UTC().Format(time.RFC3339),
+		"left": time.Until(leaf.NotAfter).Round(time.Second).String(), "key": leaf.KeyKind()}
+	out.Roots = snap.Roots().Count
+	for _, root := range snap.Roots().List {
 		out.RootList = append(out.RootList, statusRoot{root.Name, root.NotAfter})
 	}
 	out.Callers, out.Refusals = s.metrics.list(), s.proc.Refusals()
 	stats := s.endpointStats(ctx)
-	out.Warnings = snap.Inbound.Warnings()
-	for _, u := range snap.Upstreams {
-		one := statusUpstream{Name: u.Name, Protocol: string(u.Protocol), Target: u.Target.Name, Listen: u.Listen.SocketPath, Expects: []string{}, Endpoints: []statusEndpoint{}}
-		if one.Listen == "" {
-			one.Listen = fmt.Sprintf("%s:%d", u.Listen.Address, u.Listen.Port)
-		}
-		for _, id := range u.Target.IDs {
-			one.Expects = append(one.Expects, id.String())
-		}
-		for _, e := range u.Target.Endpoints {
-			one.Endpoints = append(one.Endpoints, statusEndpoint{Name: e.ID, Node: e.Node, Address: fmt.Sprintf("%s:%d", e.Address, e.Port), Weight: e.Weight})
-		}
-		known(one.Endpoints, u, st.Running, stats)
-		out.Upstreams = append(out.Upstreams, one)
+	out.Warnings = snap.Warnings()
+	for _, l := range snap.Upstreams() {
+		out.Upstreams = append(out.Upstreams, s.statusOf(snap, l, st.Running, stats))
 	}
 	for _, n := range snap.Notices {
 		out.Ignored = append(out.Ignored, n.String())
@@ -352,26 +342,51 @@ func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]stri
 	return runtimeapi.ParseStats(out)
 }
 
-// known completes endpoints by HAProxy's statistics of the servers that stand for them.
-func known(list []statusEndpoint, u *connect.Upstream, running *render.Config, stats map[string]map[string]string) {
-	if running == nil {
-		return
+// statusOf tells of one upstream.
+func (s *sidecar) statusOf(snap *connect.Snapshot, l *connect.Listener, running *render.Config, stats map[string]map[string]string) statusUpstream {
+	one := statusUpstream{Name: l.Name, Protocol: string(l.Protocol()), Listen: l.Bind.String(), Expects: []string{}, Endpoints: []statusEndpoint{}}
+	l.Branches[0].Chain.Groups(func(name connect.GroupName) {
+		g := snap.Group(name)
+		for place, target := range g.Targets {
+			if one.Target == "" {
+				one.Target = string(target)
+			}
+			t := snap.Target(target)
+			for _, id := range t.Dial.IDs {
+				one.Expects = append(one.Expects, id.String())
+			}
+			one.Endpoints = append(one.Endpoints, known(g, place, t, running, stats)...)
+		}
+	})
+	return one
+}
+
+// known is the endpoints of a target with HAProxy's statistics of the servers that stand
+// for them.
+func known(g *connect.Group, place int, t *connect.Target, running *render.Config, stats map[string]map[string]string) []statusEndpoint {
+	list := make([]statusEndpoint, len(t.Endpoints))
+	for i, e := range t.Endpoints {
+		list[i] = statusEndpoint{Name: e.ID, Node: e.Node, Address: fmt.Sprintf("%s:%d", e.Address, e.Port), Weight: e.Weight}
 	}
-	sec := running.Find("backend " + u.Target.Name)
+	if running == nil {
+		return list
+	}
+	sec := running.Pool(g, place)
 	if sec == nil || len(sec.Servers) != len(list) {
-		return // a change is on its way
+		return list // a change is on its way
 	}
 	for i := range list {
-		row := stats[u.Target.Name+"/"+sec.Servers[i].Name]
+		row := stats[sec.Name+"/"+sec.Servers[i].Name]
 		list[i].Health = row["status"]
 		list[i].Sessions, _ = strconv.Atoi(row["scur"])
 		answered, _ := strconv.Atoi(row["bout"])
 		list[i].Verified = answered > 0
 		list[i].Latency, _ = strconv.Atoi(row["ttime"])
-		if u.Protocol.IsHTTP() {
+		if g.Protocol.IsHTTP() {
 			list[i].Latency, _ = strconv.Atoi(row["rtime"])
 		}
 	}
+	return list
 }
 
 func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {
@@ -386,20 +401,22 @@ func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {
 // printFiles prints every file of a configuration but keys.
 func printFiles(w io.Writer, c *render.Config) {
 	fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, render.MainFile, c.Text())
-	names := make([]string, 0, len(c.Files))
-	for n := range c.Files {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	for _, n := range names {
+	for _, n := range slices.Sorted(maps.Keys(c.Files)) {
+		text := c.Files[n]
 		if filepath.Ext(n) == ".lua" {
-			fmt.Fprintf(w, "==> %s/%s\n(the identity filter, as built in)\n\n", c.Dir, n)
-			continue
+			text = "(the identity filter, as built in)\n"
 		}
-		fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, n, c.Files[n])
+		fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, n, text)
 	}
-	fmt.Fprintf(w, "==> %s/%s\n%s(key redacted)\n\n", c.Dir, render.LeafFile, c.Leaf.ChainPEM)
-	fmt.Fprintf(w, "==> %s/%s\n%s", c.Dir, render.RootsFile, c.Roots.PEM)
+	for _, n := range slices.Sorted(maps.Keys(c.Maps)) {
+		fmt.Fprintf(w, "==> %s/%s\n%s\n", c.Dir, n, c.Maps[n].Text())
+	}
+	for _, n := range slices.Sorted(maps.Keys(c.Leaves)) {
+		fmt.Fprintf(w, "==> %s/%s\n%s(key redacted)\n\n", c.Dir, n, c.Leaves[n].ChainPEM)
+	}
+	for _, n := range slices.Sorted(maps.Keys(c.Bundles)) {
+		fmt.Fprintf(w, "==> %s/%s\n%s", c.Dir, n, c.Bundles[n].PEM)
+	}
 }
 
 // transport reaches HAProxy's own pages, on a socket of the run directory.

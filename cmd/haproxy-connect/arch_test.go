@@ -15,16 +15,17 @@ const module = "github.com/haproxy-connect/haproxy-connect/"
 // mayImport is the table of rooms in haproxy/README.md: what each package may import of
 // ours. A package that is not listed fails.
 var mayImport = map[string][]string{
-	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "haproxy/runtimeapi", "intentions", "intentions/jwt", "intentions/spoe", "lua"},
+	"cmd/haproxy-connect": {"certs", "connect", "connect/consul", "connect/dialer", "haproxy", "haproxy/process", "haproxy/render", "haproxy/runtimeapi", "haproxy/selftest", "intentions", "intentions/jwt", "intentions/spoe", "lua"},
 	"certs":               {},
 	"connect":             {"certs", "intentions"},
-	"connect/connecttest": {},
+	"connect/connecttest": {"connect", "certs", "intentions"},
 	"connect/consul":      {"connect", "certs", "intentions"},
 	"connect/dialer":      {"certs"},
-	"haproxy":             {"connect", "certs", "intentions", "haproxy/render", "haproxy/runtimeapi"},
+	"haproxy":             {"connect", "certs", "haproxy/render", "haproxy/runtimeapi"},
 	"haproxy/process":     {"haproxy/runtimeapi"},
 	"haproxy/render":      {"connect", "certs", "intentions", "intentions/spoe", "lua"},
 	"haproxy/runtimeapi":  {},
+	"haproxy/selftest":    {"connect", "certs", "intentions", "haproxy", "haproxy/render"},
 	"intentions":          {"certs"},
 	"intentions/jwt":      {"intentions"},
 	"intentions/spoe":     {"intentions", "certs"},

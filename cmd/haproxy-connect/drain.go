@@ -28,19 +28,18 @@ func (s *sidecar) drainInbound(ctx context.Context, id string) {
 		return
 	}
 	snap := s.newest.Load()
-	if snap == nil || snap.Inbound.Port == 0 {
+	if snap == nil || snap.Public() == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
 	defer cancel()
 	fronts := map[string]bool{}
 	for _, sec := range s.manager.Status().Running.Sections {
-		name, ok := strings.CutPrefix(sec.Name, "frontend ")
-		if ok && (name == "public" || name == "permissive" || name == "unsecured" || strings.HasPrefix(name, "expose_")) {
-			fronts[name] = true
+		if sec.Kind == render.Frontend && sec.Role.Callers() {
+			fronts[sec.Name] = true
 		}
 	}
-	if snap.Inbound.Protocol.IsHTTP() {
+	if snap.Public().Protocol().IsHTTP() {
 		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
 			return
 		}

@@ -24,8 +24,8 @@ func (s *sidecar) watchExpiry(ctx context.Context) {
 		if snap == nil {
 			continue
 		}
-		if snap.Leaf != leaf {
-			leaf, told = snap.Leaf, 0
+		if snap.Leaf() != leaf {
+			leaf, told = snap.Leaf(), 0
 		}
 		stage := expiryStage(leaf.Remaining(time.Now()))
 		if stage <= told {

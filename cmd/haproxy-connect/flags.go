@@ -341,7 +341,7 @@ func (c *config) logger(w io.Writer) *slog.Logger {
 // render is what a Renderer must know of flags and the machine.
 func (c *config) render(dir string, a process.Account, b *process.Binary, o render.Originator) render.Options {
 	f := b.Version.Features()
-	return render.Options{Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, Files: c.files, HardStopAfter: c.hardStop,
+	return render.Options{Version: version(), Dir: dir, User: a.User, Group: a.Group, Threads: c.threads, MaxConn: c.maxConn, MaxFiles: c.files, HardStopAfter: c.hardStop,
 		AccessLog: render.AccessLog(c.accessLog), ExplainDenials: c.explainDenials, MaxAge: c.maxAge, Originator: o, HelloTimeout: f.HelloTimeout, DropTrailers: f.DropTrailers, LosesAnswers: f.LosesAnswers, TimesUploads: f.TimesUploads, BufferCache: f.BufferCache, LuaBool: f.LuaBool, SPOP: f.SPOP}
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
+	"github.com/haproxy-connect/haproxy-connect/haproxy"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
@@ -69,10 +70,9 @@ func TestMesh(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
 			var snap *connect.Snapshot
-			w := consul.NewWatcher(client, "www-sidecar-proxy", slog.New(slog.DiscardHandler))
+			w := consul.NewSource(client, "www-sidecar-proxy", slog.New(slog.DiscardHandler))
 			require.NoError(t, w.Run(ctx, func(s *connect.Snapshot) {
-				// Permissive mode is not waited for: strict is the safe beginning.
-				if snap == nil && (s.Inbound.PermissivePort != 0 || !strings.Contains(string(ar.Comment), "Permissive")) {
+				if snap == nil {
 					snap = s
 					cancel()
 				}
@@ -80,7 +80,7 @@ func TestMesh(t *testing.T) {
 			require.NotNil(t, snap, "%+v", w.Feeds())
 			r, err := render.New(render.Options{Dir: "/run/x", AccessLog: render.LogText})
 			require.NoError(t, err)
-			conf, refused, err := r.Render(snap, "generation-1", nil)
+			conf, refused, err := r.Render(snap, nil)
 			require.NoError(t, err)
 			var notices strings.Builder
 			for _, n := range snap.Notices {
@@ -95,6 +95,9 @@ func TestMesh(t *testing.T) {
 				if filepath.Ext(name) != ".lua" {
 					got[name] = text
 				}
+			}
+			for name, live := range conf.Maps {
+				got[name] = live.Text()
 			}
 			for i := range ar.Files {
 				f := &ar.Files[i]
@@ -148,16 +151,12 @@ func checkConfig(t *testing.T, version, path string, snap *connect.Snapshot) {
 			conf := (&config{threads: 2, maxConn: 4096, accessLog: string(log)}).render(dir, process.Account{}, bin, originator)
 			r, err := render.New(conf)
 			require.NoError(t, err)
-			made, _, err := r.Render(snap, "generation-1", nil)
+			made, _, err := r.Render(snap, nil)
 			require.NoError(t, err)
 			for _, sub := range []string{"tls", "maps", "sock"} {
 				require.NoError(t, os.Mkdir(filepath.Join(dir, sub), 0o700))
 			}
-			for name, text := range made.Files {
-				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
-			}
-			require.NoError(t, os.WriteFile(filepath.Join(dir, render.LeafFile), snap.Leaf.PEM(), 0o600))
-			require.NoError(t, os.WriteFile(filepath.Join(dir, render.RootsFile), []byte(snap.Roots.PEM), 0o600))
+			require.NoError(t, haproxy.WriteFiles(dir, made, nil, func(dir string) error { return os.Mkdir(dir, 0o700) }))
 			main := filepath.Join(dir, render.MainFile)
 			require.NoError(t, os.WriteFile(main, []byte(made.Text()), 0o600))
 			require.NoError(t, bin.Check(t.Context(), main), "HAProxy %s, originator %s, log %s", version, originator, log)

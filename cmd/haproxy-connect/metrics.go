@@ -197,10 +197,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	counter(m.commands, st.Commands)
 	counter(m.drifts, st.Drifts)
-	for _, f := range s.watcher.Feeds() {
+	for _, f := range s.source.Feeds() {
 		counter(m.watchErrors, f.Errors, f.Name)
 	}
-	counter(m.held, s.watcher.Held())
+	counter(m.held, s.source.Held())
 	for _, p := range s.tokens.Status() {
 		gauge(m.jwksKeys, float64(p.Keys), label(p.Provider))
 		counter(m.jwksErrors, p.Errors, label(p.Provider))
@@ -209,8 +209,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	if snap == nil {
 		return
 	}
-	gauge(m.leafLeft, time.Until(snap.Leaf.NotAfter).Seconds())
-	gauge(m.leafEnd, float64(snap.Leaf.NotAfter.Unix()))
+	gauge(m.leafLeft, time.Until(snap.Leaf().NotAfter).Seconds())
+	gauge(m.leafEnd, float64(snap.Leaf().NotAfter.Unix()))
 	gauge(m.age, time.Since(time.Unix(0, s.heard.Load())).Seconds())
 	seen := map[string]bool{}
 	for _, n := range snap.Notices {
@@ -219,8 +219,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 			gauge(m.ignored, 1, label(n.Key))
 		}
 	}
-	for _, u := range snap.Upstreams {
-		gauge(m.endpoints, float64(len(u.Target.Endpoints)), u.Name)
+	for _, l := range snap.Upstreams() {
+		gauge(m.endpoints, float64(snap.Endpoints(l)), l.Name)
 	}
 }
 

@@ -122,7 +122,7 @@ func (r *revocations) Run(ctx context.Context) {
 // nothing; its start wakes us.
 func (r *revocations) due() bool {
 	snap := r.newest()
-	if snap == nil || snap.Inbound.Port == 0 || !r.proc.Up() && !r.proc.Inherits() {
+	if snap == nil || snap.Public() == nil || !r.proc.Up() && !r.proc.Inherits() {
 		return false
 	}
 	return true
@@ -143,7 +143,8 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	ctx, cancel := context.WithTimeout(ctx, revokePass)
 	defer cancel()
 	workers, err := r.proc.Workers(ctx)
-	http := snap.Inbound.Protocol.IsHTTP()
+	public := snap.Public()
+	http := public.Protocol().IsHTTP()
 	judge := func(from netip.AddrPort, pending bool) haproxy.Verdict {
 		switch r.agent.Judge(from, pending, r.judged) {
 		case spoe.Ends:
@@ -174,7 +175,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		}
 	}
 	if http { // a connection between two requests is no session
-		idle, e := process.EndConnections(workers, snap.Inbound.Port, func(w process.Worker, from netip.AddrPort) bool {
+		idle, e := process.EndConnections(workers, public.Bind.Port, func(w process.Worker, from netip.AddrPort) bool {
 			// One that nobody is known of may be new, but not in a worker that accepts no more.
 			if live[from] || judge(from, !w.Old) != haproxy.End && !(old && r.tooOld(from)) {
 				live[from] = true

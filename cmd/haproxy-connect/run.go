@@ -23,6 +23,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/selftest"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/jwt"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
@@ -45,7 +46,7 @@ type sidecar struct {
 	dir     string
 	lock    *os.File
 	client  *consul.Client
-	watcher *consul.Watcher
+	source  *consul.Source
 	agent   *spoe.Agent
 	tokens  *jwt.Verifier
 	proc    *process.Process
@@ -252,7 +253,6 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	conf := haproxy.Config{
 		Inherited: inherited,
 		Dir:       s.dir, Renderer: renderer, Proxy: s.proc, Can: haproxy.Can{CACommit: f.CACommit}, Log: s.log,
-		Generation: s.agent.Generation,
 		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
 		Restore:    func() error { return s.restoreDir(dataCtx, data) },
 		SocketPath: socketPath, Reloaded: s.revoke.Wake,
@@ -263,14 +263,14 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		conf.Applied = s.dialSlots
 	}
 	s.manager = haproxy.NewManager(conf)
-	s.watcher = consul.NewWatcher(s.client, id, s.log)
+	s.source = consul.NewSource(s.client, id, s.log)
 	s.waiting("")
 
 	procDone := make(chan error, 1)
 	go func() { procDone <- s.proc.Run(procCtx) }()
 	control, controlCtx := errgroup.WithContext(ctx)
 	control.Go(func() error { return s.manager.Run(controlCtx) })
-	control.Go(func() error { return s.watcher.Run(controlCtx, s.publish) })
+	control.Go(func() error { return s.source.Run(controlCtx, s.publish) })
 	control.Go(func() error { s.watchExpiry(controlCtx); return nil })
 	control.Go(func() error { s.revoke.Run(controlCtx); return nil })
 	control.Go(func() error { s.ejector.Run(controlCtx); return nil })
@@ -335,14 +335,14 @@ func (s *sidecar) comeBack(ctx context.Context, id string) {
 func (s *sidecar) publish(snap *connect.Snapshot) {
 	old := s.newest.Swap(snap)
 	s.heard.Store(time.Now().UnixNano())
-	if old == nil || old.Policy != snap.Policy {
-		s.tokens.Use(snap.Policy.Providers())
+	if policy := snap.Public().Policy(); policy != nil && (old == nil || old.Public().Policy() != policy) {
+		s.tokens.Use(policy.Providers())
 		s.revoke.Due()
-		s.agent.SetPolicy(snap.Policy)
+		s.agent.SetPolicy(policy, snap.Generation(version()))
 		s.revoke.Wake()
 	}
-	if s.dial != nil && (old == nil || old.Leaf != snap.Leaf || old.Roots != snap.Roots) {
-		s.dial.SetIdentity(snap.Leaf, snap.Roots)
+	if s.dial != nil && (old == nil || old.Leaf() != snap.Leaf() || old.Roots() != snap.Roots()) {
+		s.dial.SetIdentity(snap.Leaf(), snap.Roots())
 	}
 	if len(s.noticed) > 1000 {
 		clear(s.noticed) // said again rather than remembered for ever
@@ -353,13 +353,13 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 			s.log.Warn(n.String())
 		}
 	}
-	for _, w := range snap.Inbound.Warnings() {
-		if old == nil || !slices.Contains(old.Inbound.Warnings(), w) {
+	for _, w := range snap.Warnings() {
+		if old == nil || !slices.Contains(old.Warnings(), w) {
 			s.log.Warn(w)
 		}
 	}
-	if old == nil || old.Leaf != snap.Leaf {
-		s.log.Info("leaf certificate", "id", snap.Leaf.ID, "serial", snap.Leaf.Serial, "until", snap.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	if leaf := snap.Leaf(); old == nil || old.Leaf() != leaf {
+		s.log.Info("leaf certificate", "id", leaf.ID, "serial", leaf.Serial, "until", leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	s.manager.Want(snap)
 }
@@ -372,11 +372,11 @@ func (s *sidecar) denied(source string, d intentions.Decision) {
 // dialSlots tells the Go originator what each socket stands for.
 func (s *sidecar) dialSlots(c *render.Config) error {
 	want := map[string]dialer.Endpoint{}
-	for class, t := range c.Slots {
+	for name, t := range c.Slots {
 		t.Each(func(value string, n int) {
 			addr, ids := render.ParseSlotValue(value)
-			want[filepath.Join(s.dir, render.SlotSocket(render.Slot{Class: class, ID: n}))] = dialer.Endpoint{
-				Address: addr, IDs: ids, ALPN: render.ClassALPN(class), Timeout: render.ClassTimeout(class)}
+			want[filepath.Join(s.dir, render.SlotSocket(render.Slot{Class: name, ID: n}))] = dialer.Endpoint{
+				Address: addr, IDs: ids, ALPN: t.Class.ALPN, Timeout: max(t.Class.Timeout, time.Millisecond)}
 		})
 	}
 	return s.dial.Set(want)
@@ -410,8 +410,8 @@ func (s *sidecar) selfTest(ctx context.Context) error {
 	}
 	begun := time.Now()
 	conf := s.conf.render(run, s.account, s.binary, render.Lua)
-	conf.MaxConn, conf.Files = 100, 0
-	err := haproxy.SelfTest(ctx, run, conf,
+	conf.MaxConn, conf.MaxFiles = 100, 0
+	err := selftest.Run(ctx, run, conf,
 		func(d string) error { return process.OwnSocketDir(d, s.account) },
 		func(ctx context.Context, file string) (func(), error) { return s.binary.Once(ctx, run, file) })
 	if err == nil {

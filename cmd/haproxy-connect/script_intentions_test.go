@@ -60,7 +60,7 @@ func (w *world) cmdDifferential(ts *testscript.TestScript, _ bool, args []string
 		_, err = w.call(http.MethodPut, "/v1/agent/service/register", []byte(fmt.Sprintf(`{"Name":%q,"Port":%d,"Connect":{"SidecarService":{"Port":%d}}}`, name, 1000+i, 2000+i)))
 		ts.Check(err)
 		go func() {
-			done <- consul.NewWatcher(client, name+"-sidecar-proxy", slog.New(slog.DiscardHandler)).Run(ctx, newest[i].Store)
+			done <- consul.NewSource(client, name+"-sidecar-proxy", slog.New(slog.DiscardHandler)).Run(ctx, newest[i].Store)
 		}()
 	}
 	action := func() string { return []string{"allow", "deny"}[random.IntN(2)] }
@@ -106,8 +106,8 @@ func (w *world) cmdDifferential(ts *testscript.TestScript, _ bool, args []string
 						return errors.New("no snapshot")
 					}
 					from := certs.SPIFFEID{TrustDomain: snap.Proxy.TrustDomain, Partition: "default", Namespace: "default", Datacenter: "dc1", Service: source}
-					if d := snap.Policy.Decide(from, nil); d.Allow != check {
-						return fmt.Errorf("round %d, %s=>%s: Consul says %v, the policy %v by %s:\n%s", round, source, dest, check, d.Allow, d.Rule, strings.Join(snap.Policy.Considered(from), "\n"))
+					if d := snap.Public().Policy().Decide(from, nil); d.Allow != check {
+						return fmt.Errorf("round %d, %s=>%s: Consul says %v, the policy %v by %s:\n%s", round, source, dest, check, d.Allow, d.Rule, strings.Join(snap.Public().Policy().Considered(from), "\n"))
 					}
 					return nil
 				})

@@ -9,9 +9,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/haproxy-connect/haproxy-connect/haproxy"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/selftest"
 )
 
 // cacheDir is where `make deps` puts Consul and the HAProxy versions.
@@ -68,7 +68,7 @@ func TestSelfTest(t *testing.T) {
 			dir := filepath.Join(shortDir(t), "run")
 			require.NoError(t, process.PrepareDir(dir, account))
 			f := bin.Version.Features()
-			err = haproxy.SelfTest(ctx, dir, render.Options{User: account.User, Group: account.Group, LuaBool: f.LuaBool, SPOP: f.SPOP},
+			err = selftest.Run(ctx, dir, render.Options{User: account.User, Group: account.Group, LuaBool: f.LuaBool, SPOP: f.SPOP},
 				func(d string) error { return process.OwnSocketDir(d, account) },
 				func(ctx context.Context, file string) (func(), error) { return bin.Once(ctx, dir, file) })
 			if err != nil {

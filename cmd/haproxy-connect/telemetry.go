@@ -33,7 +33,7 @@ func (s *sidecar) telemetry(ctx context.Context) {
 	}()
 	for {
 		if snap := s.newest.Load(); snap != nil {
-			want := [2]string{snap.Inbound.Telemetry.Prometheus, snap.Inbound.Telemetry.Stats}
+			want := [2]string{snap.Telemetry.Prometheus, snap.Telemetry.Stats}
 			for i := range servers {
 				one := &servers[i]
 				if one.addr == want[i] {

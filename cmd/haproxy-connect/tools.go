@@ -81,7 +81,7 @@ func once(ctx context.Context, c *config, log *slog.Logger) (*connect.Snapshot, 
 	if err != nil {
 		return nil, "", err
 	}
-	w := consul.NewWatcher(client, id, log)
+	w := consul.NewSource(client, id, log)
 	var got *connect.Snapshot
 	if err := w.Run(ctx, func(s *connect.Snapshot) {
 		if got == nil {
@@ -135,7 +135,7 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
-	conf, refused, err := r.Render(snap, "not-running", nil)
+	conf, refused, err := r.Render(snap, nil)
 	if err != nil {
 		return err
 	}
@@ -190,6 +190,10 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
+	policy := snap.Public().Policy()
+	if policy == nil {
+		return fmt.Errorf("nobody can call %s: it only calls others, as its registration names no port of the application", snap.Proxy.Service)
+	}
 	from := certs.SPIFFEID{TrustDomain: snap.Proxy.TrustDomain, Partition: "default", Namespace: "default", Datacenter: snap.Proxy.Datacenter, Service: *source}
 	if strings.HasPrefix(*source, "spiffe:") {
 		if from, err = certs.ParseID(*source); err != nil {
@@ -200,11 +204,11 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
 		tokens := jwt.New(wait, c.logger(errw))
-		tokens.Use(snap.Policy.Providers())
+		tokens.Use(policy.Providers())
 		tokens.Ready(wait)
 		req.Tokens = tokens
 	}
-	d := snap.Policy.Decide(from, req)
+	d := policy.Decide(from, req)
 	verdict := "deny"
 	switch {
 	case d.PerRequest:
@@ -212,10 +216,10 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	case d.Allow:
 		verdict = "allow"
 	}
-	fmt.Fprintf(out, "%s\nsource:      %s\ndestination: %s\nrule:        %s\nreason:      %s\n", verdict, from, snap.Proxy.Service, d.Rule, snap.Policy.Explain(from, req))
+	fmt.Fprintf(out, "%s\nsource:      %s\ndestination: %s\nrule:        %s\nreason:      %s\n", verdict, from, snap.Proxy.Service, d.Rule, policy.Explain(from, req))
 	if *explain {
 		fmt.Fprintln(out, "considered:")
-		for _, line := range snap.Policy.Considered(from) {
+		for _, line := range policy.Considered(from) {
 			fmt.Fprintln(out, "  "+line)
 		}
 	}

@@ -3,8 +3,6 @@ package consul
 import (
 	"context"
 	"errors"
-	"reflect"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -12,128 +10,80 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// hop is the service that a chain leads to.
-type hop struct {
-	service, dc, filter, sni string
-	onlyPassing              bool
-}
-
-// followService follows the chain, and the endpoints of the target it leads to.
-func (w *Watcher) followService(ctx context.Context, name string, d declared) {
-	hops := make(chan hop)
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
-		defer w.feeds.drop("chain of " + name)
-		w.follow(ctx, "chain of "+name, func(ctx context.Context, c *cursor) (func(*state), error) {
-			got, meta, err := w.client.api.DiscoveryChain().Get(d.service, &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc}, c.cached(ctx))
+// chain is asked for the compiled discovery chain of an upstream; the answer is
+// *api.CompiledDiscoveryChain.
+func (c *Client) chain(d *declared) watch {
+	return watch{key: "chain\x00" + d.service + "\x00" + d.dc, name: "chain of " + destination{service: d.service, dc: d.dc, other: d.other}.said(),
+		fetch: func(ctx context.Context, cur *cursor) (any, error) {
+			got, meta, err := c.api.DiscoveryChain().Get(d.service, &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc}, cur.cached(ctx))
 			if err != nil {
 				return nil, err
 			}
 			if got == nil || got.Chain == nil {
 				return nil, errors.New("empty discovery chain")
 			}
-			c.advance(meta)
-			h, timeout, notices := walk(got.Chain, d)
-			select {
-			case hops <- h:
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-			proto, _ := connect.ParseProtocol(got.Chain.Protocol)
-			return func(st *state) {
-				r := st.answers[d.key]
-				if r == nil {
-					return
-				}
-				if !r.chain || r.protocol != proto || r.connect != timeout || !reflect.DeepEqual(r.notices, notices) {
-					r.chain, r.protocol, r.connect, r.notices, st.dirty = true, proto, timeout, notices, true
-					r.turn++
-				}
-			}, nil
-		})
-	}()
-	var last hop
-	stop := func() {}
-	defer func() { stop() }()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case h := <-hops:
-			if h == last {
-				continue
-			}
-			last = h
-			stop()
-			hctx, cancel := context.WithCancel(ctx)
-			stop = cancel
-			wg.Add(1)
-			go func() {
-				defer wg.Done()
-				defer w.feeds.drop("endpoints of " + name)
-				w.follow(hctx, "endpoints of "+name, w.fetchEndpoints(d, h))
-			}()
-		}
-	}
+			cur.advance(meta)
+			return got.Chain, nil
+		}}
 }
 
-// walk finds the one target that everything goes to, and says what it left out.
-func walk(chain *api.CompiledDiscoveryChain, d declared) (hop, time.Duration, connect.Notices) {
-	var n connect.Notices
-	h := hop{service: d.service, dc: d.dc}
-	timeout := defaultConnect
+// resolved is what a chain leads to.
+type resolved struct {
+	to       destination
+	protocol connect.Protocol
+	connect  time.Duration
+	notices  connect.Notices
+}
+
+// resolve walks to the one destination that everything goes to, and says what it left out.
+func (d *declared) resolve(chain *api.CompiledDiscoveryChain, own string) resolved {
+	r := resolved{to: destination{service: d.service, dc: d.dc, other: d.other}, connect: defaultConnect}
+	r.protocol, _ = connect.ParseProtocol(chain.Protocol)
 	node := chain.Nodes[chain.StartNode]
 	for range len(chain.Nodes) + 1 {
-		if node == nil {
+		if node == nil || node.Type == api.DiscoveryGraphNodeTypeResolver {
 			break
 		}
-		switch node.Type {
-		case api.DiscoveryGraphNodeTypeRouter:
-			if len(node.Routes) == 0 {
-				node = nil
-				break
-			}
-			if len(node.Routes) > 1 {
-				n.Add(d.where, "service-router", d.service, "routes are not supported yet; everything takes the last, default route")
-			}
-			node = chain.Nodes[node.Routes[len(node.Routes)-1].NextNode]
-			continue
-		case api.DiscoveryGraphNodeTypeSplitter:
-			best := -1
-			for i, s := range node.Splits {
-				if best < 0 || s.Weight > node.Splits[best].Weight {
-					best = i
-				}
-			}
-			if best < 0 {
-				node = nil
-				break
-			}
-			if len(node.Splits) > 1 {
-				n.Add(d.where, "service-splitter", d.service, "splits are not supported yet; everything takes the heaviest leg")
-			}
-			node = chain.Nodes[node.Splits[best].NextNode]
-			continue
-		case api.DiscoveryGraphNodeTypeResolver:
-			if r := node.Resolver; r != nil {
-				if r.ConnectTimeout > 0 && r.ConnectTimeout <= maxDuration {
-					timeout = r.ConnectTimeout
-				}
-				if r.Failover != nil {
-					n.Add(d.where, "service-resolver failover", d.service, "failover is not supported yet")
-				}
-				if t := chain.Targets[r.Target]; t != nil {
-					h = hop{service: t.Service, dc: t.Datacenter, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing, sni: t.SNI}
-				}
-			}
-			if node.LoadBalancer != nil && node.LoadBalancer.Policy != "" {
-				n.Add(d.where, "service-resolver load_balancer", node.LoadBalancer.Policy, "the policy is not supported yet; requests are balanced by weight")
+		node = chain.Nodes[d.onward(node, &r.notices)]
+	}
+	if node == nil || node.Resolver == nil {
+		return r
+	}
+	if t := node.Resolver.ConnectTimeout; t > 0 && t <= maxDuration {
+		r.connect = t
+	}
+	if node.Resolver.Failover != nil {
+		r.notices.Add(d.where, "service-resolver failover", d.service, "failover is not supported yet")
+	}
+	if t := chain.Targets[node.Resolver.Target]; t != nil {
+		r.to = destination{service: t.Service, dc: t.Datacenter, other: t.Datacenter != own, subset: t.ServiceSubset, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing}
+	}
+	if node.LoadBalancer != nil && node.LoadBalancer.Policy != "" {
+		r.notices.Add(d.where, "service-resolver load_balancer", node.LoadBalancer.Policy, "the policy is not supported yet; requests are balanced by weight")
+	}
+	return r
+}
+
+// onward is the node that a router or a splitter leads to.
+func (d *declared) onward(node *api.DiscoveryGraphNode, n *connect.Notices) (next string) {
+	switch node.Type {
+	case api.DiscoveryGraphNodeTypeRouter:
+		if len(node.Routes) > 1 {
+			n.Add(d.where, "service-router", d.service, "routes are not supported yet; everything takes the last, default route")
+		}
+		if last := len(node.Routes) - 1; last >= 0 {
+			return node.Routes[last].NextNode
+		}
+	case api.DiscoveryGraphNodeTypeSplitter:
+		if len(node.Splits) > 1 {
+			n.Add(d.where, "service-splitter", d.service, "splits are not supported yet; everything takes the heaviest leg")
+		}
+		heaviest := float32(-1)
+		for _, s := range node.Splits {
+			if s.Weight > heaviest {
+				heaviest, next = s.Weight, s.NextNode
 			}
 		}
-		break
 	}
-	return h, timeout, n
+	return next
 }

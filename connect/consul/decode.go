@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -29,8 +30,8 @@ const (
 
 func port(n int) bool { return n > 0 && n < 65536 }
 
-// address keeps an IP address that may be listened on.
-func address(where, key, v, def string, n *connect.Notices) string {
+// ipAddress keeps an IP address that may be listened on.
+func ipAddress(where, key, v, def string, n *connect.Notices) string {
 	if v == "" {
 		return def
 	}
@@ -65,18 +66,18 @@ func plainPath(s string) bool {
 	})
 }
 
-// inbound reads the public side of a registration.
-func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
+// decodeInbound reads the public side of a registration.
+func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 	const where = "proxy"
 	p := s.Proxy
 	k := newKeys(where, p.Config, n)
-	in := connect.Inbound{Protocol: k.protocol(connect.TCP)}
+	in := &inbound{protocol: k.protocol(connect.TCP)}
 	switch mode := k.string("local_service_mode"); mode { // the 2018 demo's key
 	case "":
 	case "http":
-		in.Protocol = connect.HTTP
+		in.protocol = connect.HTTP
 	case "tcp":
-		in.Protocol = connect.TCP
+		in.protocol = connect.TCP
 	default:
 		k.bad("local_service_mode", mode, "http or tcp")
 	}
@@ -84,80 +85,81 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 	if ip, err := netip.ParseAddr(s.Address); err == nil {
 		def = ip.String()
 	}
-	in.Address = address(where, "bind_address", k.string("bind_address"), def, n)
-	in.Port = k.int(s.Port, 1, 65535, "bind_port")
+	in.bind.Address = ipAddress(where, "bind_address", k.string("bind_address"), def, n)
+	in.bind.Port = k.int(s.Port, 1, 65535, "bind_port")
 	// A client-only service registers no port of its own; then nothing listens.
-	in.Local = connect.Local{
-		Address: address(where, "local_service_address", p.LocalServiceAddress, "127.0.0.1", n),
+	in.app = connect.Endpoint{
+		Name:    "app",
+		Address: ipAddress(where, "local_service_address", p.LocalServiceAddress, "127.0.0.1", n),
 		Port:    p.LocalServicePort,
+		Weight:  1,
 	}
 	if v := k.string("local_service_address"); v != "" && p.LocalServiceAddress == "" { // the old program's key
-		in.Local.Address = address(where, "local_service_address", v, "127.0.0.1", n)
+		in.app.Address = ipAddress(where, "local_service_address", v, "127.0.0.1", n)
 	}
-	if lp := k.int(0, 1, 65535, "local_service_port"); lp != 0 && in.Local.Port == 0 {
-		in.Local.Port = lp
+	if lp := k.int(0, 1, 65535, "local_service_port"); lp != 0 && in.app.Port == 0 {
+		in.app.Port = lp
 	}
-	in.Local.SocketPath = socket(where, "local_service_socket_path", p.LocalServiceSocketPath, n)
-	if in.Local.SocketPath == "" && !port(in.Local.Port) {
-		in.Port = 0
+	in.app.SocketPath = socket(where, "local_service_socket_path", p.LocalServiceSocketPath, n)
+	if in.app.SocketPath == "" && !port(in.app.Port) {
+		in.bind.Port = 0
 	}
 
-	in.LocalConnectTimeout = nonZero(k.ms(defaultConnect, "local_connect_timeout_ms"), defaultConnect)
+	in.connect = nonZero(k.ms(defaultConnect, "local_connect_timeout_ms"), defaultConnect)
 	if _, _, ok := k.get("connect_timeout"); ok { // the old program's key
-		in.LocalConnectTimeout = k.duration(in.LocalConnectTimeout, "connect_timeout")
+		in.connect = k.duration(in.connect, "connect_timeout")
 	}
 	request := defaultRequest
 	switch {
-	case in.Protocol == connect.GRPC:
+	case in.protocol == connect.GRPC:
 		request = defaultStream
-	case !in.Protocol.IsHTTP():
+	case !in.protocol.IsHTTP():
 		request = -1
 	}
-	in.LocalRequestTimeout = request
+	in.request = request
 	if _, _, ok := k.get("local_request_timeout_ms"); ok {
-		if in.LocalRequestTimeout = k.ms(request, "local_request_timeout_ms"); in.LocalRequestTimeout == 0 {
-			in.LocalRequestTimeout = -1
+		if in.request = k.ms(request, "local_request_timeout_ms"); in.request == 0 {
+			in.request = -1
 		}
 	} else if _, _, ok := k.get("read_timeout"); ok {
-		in.LocalRequestTimeout = k.duration(request, "read_timeout")
+		in.request = k.duration(request, "read_timeout")
 	}
 	idle := defaultTCPIdle
-	if in.Protocol.IsHTTP() {
+	if in.protocol.IsHTTP() {
 		idle = defaultHTTPIdle
 	}
-	in.LocalIdleTimeout = nonZero(k.ms(idle, "local_idle_timeout_ms"), maxDuration)
-	in.MaxConnections = k.int(0, 0, 1<<30, "max_inbound_connections")
-	in.BalanceExact = k.balance("balance_inbound_connections")
-	in.ForwardFor = k.bool(false, "enable_forwardfor")
+	in.idle = nonZero(k.ms(idle, "local_idle_timeout_ms"), maxDuration)
+	if most := k.int(0, 0, 1<<30, "max_inbound_connections"); most > 0 {
+		in.most = &most
+	}
+	k.balance("balance_inbound_connections") // HAProxy spreads connections over its threads anyway
+	in.forwardFor = k.bool(false, "enable_forwardfor")
 	if h := k.string("appname_header"); h != "" {
 		if headerName(h) {
-			in.CallerHeader = h
+			in.callerHeader = h
 		} else {
 			k.bad("appname_header", h, "a header's name")
 		}
 	}
-	in.UnsecuredPort = k.int(0, 1, 65535, "unsecured_bind_port")
-	in.Telemetry = telemetry(k)
+	in.unsecured = k.int(0, 1, 65535, "unsecured_bind_port")
+	in.telemetry = telemetry(k)
 	k.rest()
 
 	for _, e := range p.Expose.Paths {
-		x := connect.ExposePath{Path: e.Path, LocalPort: e.LocalPathPort, ListenPort: e.ListenerPort, Protocol: connect.HTTP}
+		x := exposed{path: e.Path, app: e.LocalPathPort, port: e.ListenerPort, protocol: connect.HTTP}
 		if proto, ok := connect.ParseProtocol(e.Protocol); ok && proto == connect.HTTP2 {
-			x.Protocol = connect.HTTP2
+			x.protocol = connect.HTTP2
 		} else if e.Protocol != "" && proto != connect.HTTP {
 			n.Add(where, "expose.paths.protocol", e.Protocol, "want http or http2; http is used")
 		}
-		if !port(x.LocalPort) || !port(x.ListenPort) || !plainPath(x.Path) {
+		if !port(x.app) || !port(x.port) || !plainPath(x.path) {
 			n.Add(where, "expose.paths", fmt.Sprintf("%s %d %d", e.Path, e.ListenerPort, e.LocalPathPort), "want a path of plain characters from / on, and two ports; it is not exposed")
 			continue
 		}
-		in.Expose = append(in.Expose, x)
+		in.expose = append(in.expose, x)
 	}
-	slices.SortFunc(in.Expose, func(a, b connect.ExposePath) int {
-		if a.ListenPort != b.ListenPort {
-			return a.ListenPort - b.ListenPort
-		}
-		return strings.Compare(a.Path, b.Path)
+	slices.SortFunc(in.expose, func(a, b exposed) int {
+		return cmp.Or(a.port-b.port, strings.Compare(a.path, b.path))
 	})
 	if p.Expose.Checks {
 		n.Add(where, "expose.checks", "true", "Consul's HTTP API does not tell the path of a check; use expose.paths")
@@ -165,26 +167,24 @@ func inbound(s *api.AgentService, n *connect.Notices) connect.Inbound {
 	if p.Mode == api.ProxyModeTransparent {
 		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
 	}
-	in.AccessLog = accessLog(p.AccessLogs, n)
-	apart(&in, n)
+	in.accessLog = accessLog(p.AccessLogs, n)
+	in.apart(n)
 	return in
 }
 
 // apart takes away listeners that meet another one of the service: half of the connections
 // would land on either.
-func apart(in *connect.Inbound, n *connect.Notices) {
+func (in *inbound) apart(n *connect.Notices) {
 	const why = "another listener of the service has this port; this one is left out"
-	public := connect.Listener{Address: in.Address, Port: in.Port}
-	unsecured := connect.Listener{Address: "0.0.0.0", Port: in.UnsecuredPort}
-	if in.UnsecuredPort != 0 && public.Clashes(unsecured) {
-		n.Add("proxy", "unsecured_bind_port", strconv.Itoa(in.UnsecuredPort), why)
-		in.UnsecuredPort = 0
+	if in.unsecured != 0 && in.bind.Clashes(in.unsecuredBind()) {
+		n.Add("proxy", "unsecured_bind_port", strconv.Itoa(in.unsecured), why)
+		in.unsecured = 0
 	}
-	in.Expose = slices.DeleteFunc(in.Expose, func(e connect.ExposePath) bool {
-		l := connect.Listener{Address: in.Address, Port: e.ListenPort}
-		clashes := l.Clashes(public) || in.UnsecuredPort != 0 && l.Clashes(unsecured)
+	in.expose = slices.DeleteFunc(in.expose, func(e exposed) bool {
+		b := in.exposeBind(e.port)
+		clashes := b.Clashes(in.bind) || in.unsecured != 0 && b.Clashes(in.unsecuredBind())
 		if clashes {
-			n.Add("proxy", "expose.paths.listener_port", strconv.Itoa(e.ListenPort), why)
+			n.Add("proxy", "expose.paths.listener_port", strconv.Itoa(e.port), why)
 		}
 		return clashes
 	})

@@ -39,27 +39,27 @@ func TestKeys(t *testing.T) {
 			{DestinationName: "a", Datacenter: "dc2", LocalBindPort: 2, DestinationNamespace: "team", MeshGateway: api.MeshGatewayConfig{Mode: api.MeshGatewayModeLocal}},
 		}}}
 	var n connect.Notices
-	in := inbound(s, &n)
-	require.Equal(t, connect.HTTP2, in.Protocol)
-	require.Equal(t, "10.0.0.1", in.Address)
-	require.Negative(t, in.LocalRequestTimeout)
-	require.Equal(t, "1.5s", in.LocalConnectTimeout.String())
-	require.Equal(t, 7, in.MaxConnections)
-	ups := upstreams(s, in.Listeners(), &n)
+	in := decodeInbound(s, &n)
+	require.Equal(t, connect.HTTP2, in.protocol)
+	require.Equal(t, "10.0.0.1", in.bind.Address)
+	require.Negative(t, in.request)
+	require.Equal(t, "1.5s", in.connect.String())
+	require.Equal(t, 7, *in.most)
+	ups := upstreams(s, in.binds(), &n)
 	require.Len(t, ups, 2)
-	require.Equal(t, "a", ups[0].up.Name)
-	require.Equal(t, "a.dc2", ups[1].up.Name, "the same service in two datacenters is two upstreams")
-	require.NotEqual(t, ups[0].up.Target.Name, ups[1].up.Target.Name)
-	require.Equal(t, 3, *ups[0].up.Limits.MaxConnections)
-	require.Equal(t, "22s", ups[0].up.Passive.Interval.String())
-	require.Equal(t, 2, ups[0].up.Passive.MaxFailures)
+	require.Equal(t, "a", ups[0].name)
+	require.Equal(t, "a.dc2", ups[1].name, "the same service in two datacenters is two upstreams")
+	require.NotEqual(t, ups[0].group, ups[1].group)
+	require.Equal(t, 3, *ups[0].limits.MaxConnections)
+	require.Equal(t, "22s", ups[0].passive.Interval.String())
+	require.Equal(t, 2, ups[0].passive.MaxFailures)
 	require.Len(t, n.Sorted(), 4, "b and c clash, a namespace and a gateway are not honoured: %v", n)
 }
 
 func TestClientOnly(t *testing.T) {
 	var n connect.Notices
-	in := inbound(&api.AgentService{Port: 21000, Proxy: &api.AgentServiceConnectProxyConfig{}}, &n)
-	require.Zero(t, in.Port, "no application, no listener")
+	in := decodeInbound(&api.AgentService{Port: 21000, Proxy: &api.AgentServiceConnectProxyConfig{}}, &n)
+	require.Zero(t, in.bind.Port, "no application, no listener")
 }
 
 // Endpoints: health and weights as Envoy under Consul counts them.
@@ -102,17 +102,17 @@ func FuzzRegistration(f *testing.F) {
 			return
 		}
 		var n connect.Notices
-		in := inbound(&s, &n)
-		ups := upstreams(&s, in.Listeners(), &n)
+		in := decodeInbound(&s, &n)
+		ups := upstreams(&s, in.binds(), &n)
 		for _, u := range ups {
-			if u.up.Name != connect.SafeName(u.up.Name) && len(u.up.Name) < 80 || strings.ContainsAny(u.up.Listen.Address+u.up.Listen.SocketPath+u.up.Listen.SocketMode, " \n\"'\\#") {
-				t.Fatalf("%+v", u.up)
+			if u.name != connect.SafeName(u.name) && len(u.name) < 80 || strings.ContainsAny(u.bind.Address+u.bind.SocketPath+u.bind.SocketMode, " \n\"'\\#") {
+				t.Fatalf("%+v", u)
 			}
-			if u.up.ConnectTimeout <= 0 || u.up.Listen.Port < 0 || u.up.Listen.Port > 65535 {
-				t.Fatalf("%+v", u.up)
+			if u.connect < 0 || u.bind.Port < 0 || u.bind.Port > 65535 {
+				t.Fatalf("%+v", u)
 			}
 		}
-		if strings.ContainsAny(in.Address+in.Local.Address+in.Local.SocketPath+in.CallerHeader, " \n\"'\\#") {
+		if strings.ContainsAny(in.bind.Address+in.app.Address+in.app.SocketPath+in.callerHeader, " \n\"'\\#") {
 			t.Fatalf("%+v", in)
 		}
 		for _, one := range n.Sorted() {

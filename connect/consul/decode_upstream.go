@@ -13,37 +13,39 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// declared is one upstream of the registration, decoded.
+// declared is one upstream of the registration, decoded. Nothing in it changes afterwards.
 type declared struct {
-	key string // of the watch: everything that is asked
-
-	destination string // what is asked about
-	query       bool
-	service     string
-	dc          string
-	where       string
-	up          connect.Upstream
-	protocol    *connect.Protocol // nil: the chain's
-	connect     bool              // connect timeout was set
-	idle        bool
-	poll        time.Duration
+	name     string            // of its listener
+	group    connect.GroupName // of the group that everything goes to
+	query    bool
+	service  string // or the prepared query
+	dc       string
+	other    bool   // dc is not ours
+	where    string // for notices
+	bind     connect.Bind
+	protocol connect.Protocol // "": the chain's
+	connect  time.Duration    // 0: the chain's
+	idle     time.Duration    // 0: by protocol
+	limits   connect.Limits
+	passive  *connect.PassiveHealth
+	poll     time.Duration
 }
 
 // upstreams decodes every listener of a registration. A broken one is left out
-// with a notice; the others stay. own are the listeners of the inbound side.
-func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) []declared {
-	var out []declared
-	used := map[string]int{}
-	taken := map[int][]connect.Listener{}
-	for _, l := range own {
-		taken[l.Port] = append(taken[l.Port], l)
+// with a notice; the others stay. own is what the public side listens on.
+func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*declared {
+	var out []*declared
+	used := map[connect.GroupName]int{}
+	taken := map[int][]connect.Bind{}
+	for _, b := range own {
+		taken[b.Port] = append(taken[b.Port], b)
 	}
 	sockets := map[string]bool{}
 	for _, u := range s.Proxy.Upstreams {
 		if u.DestinationName == "*" || (u.LocalBindPort == 0 && u.LocalBindSocketPath == "") {
 			continue // central defaults, not a listener
 		}
-		d := declared{query: u.DestinationType == api.UpstreamDestTypePreparedQuery, service: u.DestinationName, dc: u.Datacenter}
+		d := &declared{query: u.DestinationType == api.UpstreamDestTypePreparedQuery, service: u.DestinationName, dc: u.Datacenter}
 		d.where = "upstream " + u.DestinationName
 		if err := certs.ServiceName(d.service); err != nil && !d.query {
 			n.Add(d.where, "destination_name", u.DestinationName, err.Error()+"; the upstream is left out")
@@ -75,41 +77,37 @@ func upstreams(s *api.AgentService, own []connect.Listener, n *connect.Notices) 
 		if !d.listener(u, n) {
 			continue
 		}
-		if l := d.up.Listen; l.SocketPath != "" && sockets[l.SocketPath] || slices.ContainsFunc(taken[l.Port], l.Clashes) {
-			n.Add(d.where, "local_bind_port", fmt.Sprintf("%s%s:%d", l.SocketPath, l.Address, l.Port), "another listener of this proxy has it; the upstream is left out")
+		d.other = d.dc != s.Datacenter
+		if b := d.bind; b.SocketPath != "" && sockets[b.SocketPath] || slices.ContainsFunc(taken[b.Port], b.Clashes) {
+			n.Add(d.where, "local_bind_port", fmt.Sprintf("%s%s:%d", b.SocketPath, b.Address, b.Port), "another listener of this proxy has it; the upstream is left out")
 			continue
-		} else if l.SocketPath != "" {
-			sockets[l.SocketPath] = true
+		} else if b.SocketPath != "" {
+			sockets[b.SocketPath] = true
 		} else {
-			taken[l.Port] = append(taken[l.Port], l)
+			taken[b.Port] = append(taken[b.Port], b)
 		}
 		d.settings(u, n)
 		name := connect.SafeName(d.service)
 		if d.query {
 			name += ".query"
 		}
-		d.up.Name, d.up.Target.Name = name, name+".default."+connect.SafeName(d.dc)
-		if d.dc != s.Datacenter {
-			d.up.Name += "." + connect.SafeName(d.dc)
+		d.name, d.group = name, connect.GroupName(name+".default."+connect.SafeName(d.dc))
+		if d.other {
+			d.name += "." + connect.SafeName(d.dc)
 		}
-		if used[d.up.Target.Name]++; used[d.up.Target.Name] > 1 {
-			again := fmt.Sprintf("_%d", used[d.up.Target.Name])
-			d.up.Name += again
-			d.up.Target.Name += again
-		}
-		d.destination = fmt.Sprintf("%t\x00%s\x00%s", d.query, d.service, d.dc)
-		d.key = d.destination
-		if d.query { // asked so often: another interval is another watch
-			d.key += "\x00" + d.poll.String()
+		if used[d.group]++; used[d.group] > 1 {
+			again := fmt.Sprintf("_%d", used[d.group])
+			d.name += again
+			d.group += connect.GroupName(again)
 		}
 		out = append(out, d)
 	}
-	slices.SortFunc(out, func(a, b declared) int { return strings.Compare(a.up.Name, b.up.Name) })
+	slices.SortFunc(out, func(a, b *declared) int { return strings.Compare(a.name, b.name) })
 	return out
 }
 
 func (d *declared) listener(u api.Upstream, n *connect.Notices) bool {
-	l := &d.up.Listen
+	l := &d.bind
 	if u.LocalBindSocketPath != "" {
 		if l.SocketPath = socket(d.where, "local_bind_socket_path", u.LocalBindSocketPath, n); l.SocketPath == "" {
 			return false
@@ -128,31 +126,26 @@ func (d *declared) listener(u api.Upstream, n *connect.Notices) bool {
 		n.Add(d.where, "local_bind_port", strconv.Itoa(u.LocalBindPort), "want a port from 1 to 65535; the upstream is left out")
 		return false
 	}
-	l.Address, l.Port = address(d.where, "local_bind_address", u.LocalBindAddress, "127.0.0.1", n), u.LocalBindPort
+	l.Address, l.Port = ipAddress(d.where, "local_bind_address", u.LocalBindAddress, "127.0.0.1", n), u.LocalBindPort
 	return true
 }
 
 func (d *declared) settings(u api.Upstream, n *connect.Notices) {
 	k := newKeys(d.where, u.Config, n)
 	if _, _, ok := k.get("protocol"); ok {
-		p := k.protocol(connect.TCP)
-		d.protocol = &p
+		d.protocol = k.protocol(connect.TCP)
 	}
-	d.up.ConnectTimeout = defaultConnect
 	if _, _, ok := k.get("connect_timeout_ms"); ok {
-		d.connect = true
-		d.up.ConnectTimeout = nonZero(k.ms(defaultConnect, "connect_timeout_ms"), defaultConnect)
+		d.connect = nonZero(k.ms(defaultConnect, "connect_timeout_ms"), defaultConnect)
 	} else if _, _, ok := k.get("connect_timeout"); ok {
-		d.connect = true
-		d.up.ConnectTimeout = k.duration(defaultConnect, "connect_timeout")
+		d.connect = k.duration(defaultConnect, "connect_timeout")
 	}
 	if _, _, ok := k.get("read_timeout"); ok {
-		d.idle = true
-		d.up.IdleTimeout = k.duration(defaultUpstreamReq, "read_timeout")
+		d.idle = k.duration(defaultUpstreamReq, "read_timeout")
 	}
 	d.poll = max(k.duration(defaultPoll, "poll_interval"), time.Second)
 	if l := k.sub("limits"); l != nil {
-		d.up.Limits = connect.Limits{
+		d.limits = connect.Limits{
 			MaxConnections:        l.limit("max_connections", "MaxConnections"),
 			MaxPendingRequests:    l.limit("max_pending_requests", "MaxPendingRequests"),
 			MaxConcurrentRequests: l.limit("max_concurrent_requests", "MaxConcurrentRequests"),
@@ -160,23 +153,23 @@ func (d *declared) settings(u api.Upstream, n *connect.Notices) {
 		l.rest()
 	}
 	if h := k.sub("passive_health_check"); h != nil {
-		d.up.Passive = &connect.PassiveHealth{
+		d.passive = &connect.PassiveHealth{
 			Interval:     h.duration(10*time.Second, "interval", "Interval"),
 			MaxFailures:  h.int(5, 1, 1<<20, "max_failures", "MaxFailures"),
 			BaseEjection: h.duration(30*time.Second, "base_ejection_time", "BaseEjectionTime"),
 		}
-		d.up.Passive.Enforced = h.int(100, 0, 100, "enforcing_consecutive_5xx", "EnforcingConsecutive5xx")
+		d.passive.Enforced = h.int(100, 0, 100, "enforcing_consecutive_5xx", "EnforcingConsecutive5xx")
 		if _, _, ok := h.get("max_ejection_percent", "MaxEjectionPercent"); ok {
 			if pct := h.int(-1, 0, 100, "max_ejection_percent", "MaxEjectionPercent"); pct >= 0 {
-				d.up.Passive.MaxEjected = &pct
+				d.passive.MaxEjected = &pct
 			}
 		}
-		if d.up.Passive.Enforced == 0 {
-			d.up.Passive = nil
+		if d.passive.Enforced == 0 {
+			d.passive = nil
 		}
 		h.rest()
 	}
-	d.up.BalanceExact = k.balance("balance_outbound_connections")
-	k.get("mesh_gateway") // merged by Consul beside the structured field
+	k.balance("balance_outbound_connections") // HAProxy spreads connections over its threads anyway
+	k.get("mesh_gateway")                     // merged by Consul beside the structured field
 	k.rest()
 }

@@ -281,13 +281,13 @@ func (c *Client) examineBudget(ctx context.Context, own *api.AgentService, say s
 // listens are the addresses that a registration asks for.
 func listens(s *api.AgentService) (out []string) {
 	var ignored connect.Notices // said by the sidecar itself
-	in := inbound(s, &ignored)
-	for _, l := range in.Listeners() {
-		out = append(out, fmt.Sprintf("%s:%d", l.Address, l.Port))
+	binds := decodeInbound(s, &ignored).binds()
+	for _, d := range upstreams(s, binds, &ignored) {
+		binds = append(binds, d.bind)
 	}
-	for _, d := range upstreams(s, in.Listeners(), &ignored) {
-		if d.up.Listen.SocketPath == "" {
-			out = append(out, fmt.Sprintf("%s:%d", d.up.Listen.Address, d.up.Listen.Port))
+	for _, b := range binds {
+		if b.SocketPath == "" {
+			out = append(out, b.String())
 		}
 	}
 	slices.Sort(out)

@@ -105,7 +105,7 @@ type Feed struct {
 // feeds keeps the conditions; watches write, anybody reads.
 type feeds struct {
 	mu   sync.Mutex
-	all  map[string]*Feed
+	all  map[*Feed]bool
 	log  *slog.Logger
 	away int       // how many are
 	back time.Time // when the last one ceased to be
@@ -138,23 +138,22 @@ func (f *feeds) setAway(one *Feed, away bool) {
 	one.away = away
 }
 
-func (f *feeds) get(name string) *Feed {
+// open begins the account of a watch.
+func (f *feeds) open(name string) *Feed {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.all == nil {
-		f.all = map[string]*Feed{}
+		f.all = map[*Feed]bool{}
 	}
-	one := f.all[name]
-	if one == nil {
-		one = &Feed{Name: name, Since: time.Now()}
-		f.all[name] = one
-	}
+	one := &Feed{Name: name, Since: time.Now()}
+	f.all[one] = true
 	return one
 }
 
 // ok logs only the end of a trouble, once for all watches that had it.
-func (f *feeds) ok(name string) {
+func (f *feeds) ok(one *Feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	one := f.get(name)
 	one.Answers++
 	f.setAway(one, false)
 	if one.Err == "" {
@@ -163,7 +162,7 @@ func (f *feeds) ok(name string) {
 	one.Err = ""
 	f.recovered()
 	if f.failing > 0 {
-		f.log.Debug("Consul answers a watch again", "watch", name, "after", time.Since(one.Since).Round(time.Millisecond))
+		f.log.Debug("Consul answers a watch again", "watch", one.Name, "after", time.Since(one.Since).Round(time.Millisecond))
 	}
 	one.Since = time.Now()
 }
@@ -178,10 +177,9 @@ func (f *feeds) recovered() {
 
 // failed logs each kind of error once until no watch fails any more, with what to try:
 // an agent that is away is one trouble, however many watches meet it.
-func (f *feeds) failed(name string, err error) {
+func (f *feeds) failed(one *Feed, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	one := f.get(name)
 	one.Errors++
 	f.setAway(one, !refused(err))
 	text := trouble(err)
@@ -204,7 +202,7 @@ func (f *feeds) failed(name string, err error) {
 		level = slog.LevelWarn
 	}
 	if one.Err != text {
-		f.log.Log(context.Background(), level, "cannot read from Consul; the last answer stays in force", "watch", name, "error", text, "try", hint(err))
+		f.log.Log(context.Background(), level, "cannot read from Consul; the last answer stays in force", "watch", one.Name, "error", text, "try", hint(err))
 	}
 	one.Err = text
 }
@@ -221,23 +219,22 @@ func trouble(err error) string {
 	return sourcePort.ReplaceAllString(err.Error(), "$1 ")
 }
 
-func (f *feeds) drop(name string) {
+// drop ends the account of a watch.
+func (f *feeds) drop(one *Feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if one := f.all[name]; one != nil {
-		f.setAway(one, false)
-		if one.Err != "" {
-			f.recovered()
-		}
-		delete(f.all, name)
+	f.setAway(one, false)
+	if one.Err != "" {
+		f.recovered()
 	}
+	delete(f.all, one)
 }
 
 func (f *feeds) list() []Feed {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := make([]Feed, 0, len(f.all))
-	for _, one := range f.all {
+	for one := range f.all {
 		out = append(out, *one)
 	}
 	return out
@@ -298,29 +295,27 @@ func hint(err error) string {
 	return "is the agent running at -http-addr?"
 }
 
-// fetch asks once and returns what to do with the answer.
-type fetch func(ctx context.Context, c *cursor) (func(*state), error)
-
 // follow repeats a blocking query for ever: answers go to the owner of the state,
 // errors are counted and retried with backoff and jitter.
-func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
+func (s *Source) follow(a *answer, f *Feed) {
+	ctx := a.ctx
 	var cur cursor
 	backoff := minBackoff
 	burst, last := 2, time.Now()
 	var before history
 	for {
-		cur.wait = time.Duration(w.client.wait.Load())
+		cur.wait = time.Duration(s.client.wait.Load())
 		asked := time.Now()
-		apply, err := w.once(ctx, &cur, f)
+		value, err := once(ctx, &cur, a.fetch)
 		if ctx.Err() != nil {
 			return
 		}
 		if took := time.Since(asked); err != nil && cur != (cursor{pause: cur.pause, wait: cur.wait}) && took >= shortest && cut(err) {
-			w.client.shorten(took)
+			s.client.shorten(took)
 			continue // where it was, at once
 		}
 		if err != nil {
-			w.feeds.failed(name, err)
+			s.feeds.failed(f, err)
 			cur = cursor{pause: cur.pause}
 			if !pause(ctx, jitter(backoff)) {
 				return
@@ -336,8 +331,8 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 			continue
 		}
 		backoff = minBackoff
-		w.feeds.ok(name)
-		if apply != nil && !w.send(ctx, apply) {
+		s.feeds.ok(f)
+		if !s.send(a, value) {
 			return
 		}
 		// A token bucket: an endpoint that flaps must not spin this loop.
@@ -353,39 +348,39 @@ func (w *Watcher) follow(ctx context.Context, name string, f fetch) {
 	}
 }
 
-func (w *Watcher) once(ctx context.Context, cur *cursor, f fetch) (apply func(*state), err error) {
+func once(ctx context.Context, cur *cursor, f fetch) (value any, err error) {
 	ctx, cancel := context.WithTimeout(ctx, queryLimit)
 	defer cancel()
 	// A library that meets an answer it did not expect must not end the sidecar.
 	defer func() {
 		if r := recover(); r != nil {
-			apply, err = nil, fmt.Errorf("unreadable answer: %v", r)
+			value, err = nil, fmt.Errorf("unreadable answer: %v", r)
 		}
 	}()
 	return f(ctx, cur)
 }
 
 // poll repeats a query that cannot block.
-func (w *Watcher) poll(ctx context.Context, name string, every time.Duration, f fetch) {
+func (s *Source) poll(a *answer, f *Feed) {
 	backoff := minBackoff
 	for {
-		apply, err := w.once(ctx, &cursor{}, f)
-		if ctx.Err() != nil {
+		value, err := once(a.ctx, &cursor{}, a.fetch)
+		if a.ctx.Err() != nil {
 			return
 		}
-		wait := every
+		wait := a.every
 		if err != nil {
-			w.feeds.failed(name, err)
-			wait = min(backoff, every)
+			s.feeds.failed(f, err)
+			wait = min(backoff, a.every)
 			backoff = min(2*backoff, maxBackoff)
 		} else {
 			backoff = minBackoff
-			w.feeds.ok(name)
-			if apply != nil && !w.send(ctx, apply) {
+			s.feeds.ok(f)
+			if !s.send(a, value) {
 				return
 			}
 		}
-		if !pause(ctx, jitter(wait)) {
+		if !pause(a.ctx, jitter(wait)) {
 			return
 		}
 	}

@@ -61,7 +61,7 @@ func (m *mesh) follow(c Config) *buffer {
 	client, err := NewClient(c)
 	require.NoError(m.t, err)
 	log := &buffer{}
-	m.w = NewWatcher(client, "www-proxy", slog.New(slog.NewTextHandler(log, nil)))
+	m.w = NewSource(client, "www-proxy", slog.New(slog.NewTextHandler(log, nil)))
 	done := make(chan error, 1)
 	ctx := m.t.Context()
 	go func() { done <- m.w.Run(ctx, func(s *connect.Snapshot) { m.last.Store(s) }) }()
@@ -164,14 +164,14 @@ func TestHostNames(t *testing.T) {
 		{"Node":{"Node":"n","Address":"10.0.0.1"},"Service":{"ID":"db3","Address":"nobody.invalid","Port":20003,"Weights":{"Passing":1,"Warning":1}}}]`)
 	log := m.follow(Config{})
 	s := m.until("addresses of localhost", func(s *connect.Snapshot) bool {
-		for _, e := range s.Upstreams[0].Target.Endpoints {
+		for _, e := range target(s, 0).Endpoints {
 			if e.Address == "127.0.0.1" && e.ID == "db1" {
 				return true
 			}
 		}
 		return false
 	})
-	for _, e := range s.Upstreams[0].Target.Endpoints {
+	for _, e := range target(s, 0).Endpoints {
 		require.True(t, isAddress(e.Address), e.Address)
 		require.NotEqual(t, "db3", e.ID)
 	}
@@ -226,14 +226,14 @@ func TestListsOfOne(t *testing.T) {
 			"limits":               []any{map[string]any{"max_connections": []any{3.0}, "max_pending_requests": 4.0}},
 			"passive_health_check": []map[string]any{{"interval": []any{"22s"}, "max_failures": 2.0, "max_ejection_percent": []any{50.0}}},
 		}}}}}
-	in := inbound(service, &n)
-	require.Equal(t, connect.HTTP, in.Protocol)
-	require.Equal(t, 2*time.Second, in.LocalRequestTimeout)
-	up := upstreams(service, nil, &n)[0].up
+	in := decodeInbound(service, &n)
+	require.Equal(t, connect.HTTP, in.protocol)
+	require.Equal(t, 2*time.Second, in.request)
+	up := upstreams(service, nil, &n)[0]
 	require.Empty(t, n)
-	require.Equal(t, 700*time.Millisecond, up.ConnectTimeout)
-	require.Equal(t, []int{3, 4}, []int{*up.Limits.MaxConnections, *up.Limits.MaxPendingRequests})
-	require.Equal(t, []any{22 * time.Second, 2, 50}, []any{up.Passive.Interval, up.Passive.MaxFailures, *up.Passive.MaxEjected})
+	require.Equal(t, 700*time.Millisecond, up.connect)
+	require.Equal(t, []int{3, 4}, []int{*up.limits.MaxConnections, *up.limits.MaxPendingRequests})
+	require.Equal(t, []any{22 * time.Second, 2, 50}, []any{up.passive.Interval, up.passive.MaxFailures, *up.passive.MaxEjected})
 }
 
 // Listeners of one service that meet: the public one stays.
@@ -249,9 +249,9 @@ func TestOwnListenersClash(t *testing.T) {
 		"apart":                        {map[string]any{"unsecured_bind_port": 9000.0}, []api.ExposePath{{Path: "/m", LocalPathPort: 8080, ListenerPort: 9001}}, []int{21000, 9000, 9001}},
 	} {
 		var n connect.Notices
-		in := inbound(&api.AgentService{Port: 21000, Proxy: &api.AgentServiceConnectProxyConfig{LocalServicePort: 8080, Config: c.config, Expose: api.ExposeConfig{Paths: c.paths}}}, &n)
+		in := decodeInbound(&api.AgentService{Port: 21000, Proxy: &api.AgentServiceConnectProxyConfig{LocalServicePort: 8080, Config: c.config, Expose: api.ExposeConfig{Paths: c.paths}}}, &n)
 		var ports []int
-		for _, l := range in.Listeners() {
+		for _, l := range in.binds() {
 			ports = append(ports, l.Port)
 		}
 		require.Equal(t, c.left, ports, name)
@@ -311,7 +311,7 @@ func TestPollIntervalChanges(t *testing.T) {
 	first := m.until("the query was answered", count(1))
 	registration("2", "1s")
 	require.Eventually(t, func() bool { return m.agent.Asked("/v1/query/q/execute") >= 3 }, 10*time.Second, 5*time.Millisecond)
-	require.Same(t, first.Upstreams[0], m.last.Load().Upstreams[0], "nothing else has changed")
+	require.Same(t, target(first, 0), target(m.last.Load(), 0), "nothing else has changed")
 }
 
 // A server that reads its log again after a restart answers from the past, which opens
@@ -319,7 +319,7 @@ func TestPollIntervalChanges(t *testing.T) {
 // goes on saying so.
 func TestThePastIsNotBelieved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
+		w := NewSource(nil, "", slog.New(slog.DiscardHandler))
 		w.client = &Client{}
 		var now atomic.Uint64
 		var failing atomic.Bool
@@ -327,7 +327,8 @@ func TestThePastIsNotBelieved(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var mu sync.Mutex
 		var heard []uint64
-		go w.follow(ctx, "intentions", func(ctx context.Context, c *cursor) (func(*state), error) {
+		a := &answer{ctx: ctx}
+		a.fetch = func(ctx context.Context, c *cursor) (any, error) {
 			if c.index == now.Load() {
 				pause(ctx, 100*time.Millisecond) // nothing new
 			}
@@ -336,15 +337,14 @@ func TestThePastIsNotBelieved(t *testing.T) {
 			}
 			index := now.Load()
 			c.advance(&api.QueryMeta{LastIndex: index})
-			return func(*state) {
-				mu.Lock()
-				defer mu.Unlock()
-				heard = append(heard, index)
-			}, nil
-		})
+			return index, nil
+		}
+		go w.follow(a, w.feeds.open("intentions"))
 		go func() {
-			for apply := range w.updates {
-				apply(nil)
+			for u := range w.updates {
+				mu.Lock()
+				heard = append(heard, u.value.(uint64))
+				mu.Unlock()
 			}
 		}()
 		at := func(d time.Duration, want uint64) {

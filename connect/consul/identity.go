@@ -7,46 +7,49 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-func (w *Watcher) fetchRoots(ctx context.Context, c *cursor) (func(*state), error) {
-	list, meta, err := w.client.api.Agent().ConnectCARoots(c.options(ctx))
-	if err != nil {
-		return nil, err
-	}
-	var pems []string
-	for _, r := range list.Roots {
-		pems = append(pems, r.RootCertPEM) // active or not: leaves of the old one still live
-	}
-	roots, err := certs.ParseRoots(list.TrustDomain, pems)
-	if err != nil {
-		return nil, fmt.Errorf("roots: %w", err)
-	}
-	c.advance(meta)
-	return func(st *state) {
-		if st.roots == nil || st.roots.Fingerprint != roots.Fingerprint || st.roots.TrustDomain != roots.TrustDomain {
-			st.roots, st.proxy.TrustDomain, st.dirty = roots, roots.TrustDomain, true
-		}
-	}, nil
+// roots is asked for those of our own trust domain; the answer is *certs.Roots.
+func (c *Client) roots() watch {
+	return watch{key: "roots", name: "roots", shapes: never,
+		same: func(a, b any) bool {
+			x, y := a.(*certs.Roots), b.(*certs.Roots)
+			return x.Fingerprint == y.Fingerprint && x.TrustDomain == y.TrustDomain
+		},
+		fetch: func(ctx context.Context, cur *cursor) (any, error) {
+			list, meta, err := c.api.Agent().ConnectCARoots(cur.options(ctx))
+			if err != nil {
+				return nil, err
+			}
+			var pems []string
+			for _, r := range list.Roots {
+				pems = append(pems, r.RootCertPEM) // active or not: leaves of the old one still live
+			}
+			roots, err := certs.ParseRoots(list.TrustDomain, pems)
+			if err != nil {
+				return nil, fmt.Errorf("roots: %w", err)
+			}
+			cur.advance(meta)
+			return roots, nil
+		}}
 }
 
-func (w *Watcher) fetchLeaf(service string) fetch {
-	return func(ctx context.Context, c *cursor) (func(*state), error) {
-		got, meta, err := w.client.api.Agent().ConnectCALeaf(service, c.options(ctx))
-		if err != nil {
-			return nil, err
-		}
-		leaf, err := certs.ParseLeaf(got.CertPEM, got.PrivateKeyPEM)
-		if err != nil {
-			return nil, err
-		}
-		if leaf.ID.Service != service {
-			return nil, fmt.Errorf("the agent answered with the leaf of %q for %q", leaf.ID.Service, service)
-		}
-		c.advance(meta)
-		c.pause = leafPause
-		return func(st *state) {
-			if st.leaf == nil || st.leaf.Fingerprint != leaf.Fingerprint {
-				st.leaf, st.dirty = leaf, true
+// leaf is asked for the certificate of a service; the answer is *certs.Leaf.
+func (c *Client) leaf(service string) watch {
+	return watch{key: "leaf\x00" + service, name: "leaf", shapes: never,
+		same: func(a, b any) bool { return a.(*certs.Leaf).Fingerprint == b.(*certs.Leaf).Fingerprint },
+		fetch: func(ctx context.Context, cur *cursor) (any, error) {
+			got, meta, err := c.api.Agent().ConnectCALeaf(service, cur.options(ctx))
+			if err != nil {
+				return nil, err
 			}
-		}, nil
-	}
+			leaf, err := certs.ParseLeaf(got.CertPEM, got.PrivateKeyPEM)
+			if err != nil {
+				return nil, err
+			}
+			if leaf.ID.Service != service {
+				return nil, fmt.Errorf("the agent answered with the leaf of %q for %q", leaf.ID.Service, service)
+			}
+			cur.advance(meta)
+			cur.pause = leafPause
+			return leaf, nil
+		}}
 }

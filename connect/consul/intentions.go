@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"net/url"
-	"reflect"
 	"slices"
+	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -38,25 +38,21 @@ func tokens(r *api.IntentionJWTRequirement) (out []intentions.Requirement) {
 	return out
 }
 
-func (w *Watcher) fetchIntentions(service string) fetch {
-	return func(ctx context.Context, c *cursor) (func(*state), error) {
+// intentions is asked for all that name a destination; the answer is []intentions.Intention.
+func (c *Client) intentions(service string) watch {
+	return watch{key: "intentions\x00" + service, name: "intentions", fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		var got map[string][]wireIntention
 		ctx = context.WithValue(ctx, queryKey{}, url.Values{"by": {"destination"}, "name": {service}})
-		meta, err := w.client.api.Raw().Query("/v1/connect/intentions/match", &got, c.cached(ctx))
+		meta, err := c.api.Raw().Query("/v1/connect/intentions/match", &got, cur.cached(ctx))
 		if err != nil {
 			return nil, err
 		}
 		if _, ok := got[service]; !ok && len(got) != 0 {
 			return nil, errors.New("the agent answered for another destination")
 		}
-		c.advance(meta)
-		list := translate(got[service])
-		return func(st *state) {
-			if !st.heard.intentions || !reflect.DeepEqual(st.matched, list) {
-				st.matched, st.heard.intentions, st.dirty = list, true, true
-			}
-		}, nil
-	}
+		cur.advance(meta)
+		return translate(got[service]), nil
+	}}
 }
 
 func requiresToken(i intentions.Intention) bool {
@@ -99,21 +95,18 @@ func translate(in []wireIntention) []intentions.Intention {
 // its trust domain and datacenter.
 const defaultProbe = "spiffe://00000000-0000-0000-0000-000000000000.consul/ns/haproxy-connect-asks-for-the-default/dc/none/svc/nobody"
 
-// fetchDefault learns the effective default policy: an identity of a namespace
+// defaultEvery is how often the default policy is asked for.
+const defaultEvery = 30 * time.Second
+
+// defaultAllow is asked for the effective default policy, a bool: an identity of a namespace
 // that no intention of the community edition can name always gets the default.
-func (w *Watcher) fetchDefault(service string) fetch {
-	return func(ctx context.Context, _ *cursor) (func(*state), error) {
-		got, err := w.client.authorize(ctx, service, defaultProbe)
-		if err != nil {
-			return nil, err
-		}
-		return func(st *state) {
-			if !st.heard.defaults || st.allow != got {
-				st.allow, st.heard.defaults, st.dirty = got, true, true
-			}
-		}, nil
-	}
+func (c *Client) defaultAllow(service string) watch {
+	return watch{key: "default policy\x00" + service, name: "default policy", every: defaultEvery, shapes: never,
+		fetch: func(ctx context.Context, _ *cursor) (any, error) { return c.authorize(ctx, service, defaultProbe) }}
 }
+
+// never is of answers that do not change what else is asked.
+func never(any) bool { return false }
 
 func (c *Client) authorize(ctx context.Context, target, uri string) (bool, error) {
 	done := make(chan struct{})

@@ -5,7 +5,6 @@ import (
 	"encoding/base64"
 	"net/url"
 	"os"
-	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -23,29 +22,32 @@ const (
 	clockSkew    = 30 * time.Second
 )
 
-// fetchProviders follows every jwt-provider. It is started with the first intention
-// that requires a token: most services have none, and a watch costs a connection.
-func (w *Watcher) fetchProviders(ctx context.Context, c *cursor) (func(*state), error) {
-	list, meta, err := w.client.api.ConfigEntries().List(api.JWTProvider, c.options(ctx))
-	if err != nil {
-		return nil, err
-	}
-	c.advance(meta)
-	var n connect.Notices
-	var out []*intentions.Provider
-	for _, e := range list {
-		if entry, ok := e.(*api.JWTProviderConfigEntry); ok {
-			if p := provider(entry, &n); p != nil {
-				out = append(out, p)
+// providers are the jwt-provider entries that can be used, and what cannot.
+type providers struct {
+	list    []*intentions.Provider // sorted by name
+	notices connect.Notices
+}
+
+// providers is asked for every jwt-provider. It is wanted once an intention requires a
+// token: most services have none, and a watch costs a connection.
+func (c *Client) providers() watch {
+	return watch{key: "jwt providers", name: "jwt providers", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		list, meta, err := c.api.ConfigEntries().List(api.JWTProvider, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		var out providers
+		for _, e := range list {
+			if entry, ok := e.(*api.JWTProviderConfigEntry); ok {
+				if p := provider(entry, &out.notices); p != nil {
+					out.list = append(out.list, p)
+				}
 			}
 		}
-	}
-	slices.SortFunc(out, func(a, b *intentions.Provider) int { return strings.Compare(a.Name, b.Name) })
-	return func(st *state) {
-		if !st.heard.providers || !reflect.DeepEqual(st.providers, out) || !reflect.DeepEqual(st.providerNotices, n) {
-			st.providers, st.providerNotices, st.heard.providers, st.dirty = out, n, true, true
-		}
-	}, nil
+		slices.SortFunc(out.list, func(a, b *intentions.Provider) int { return strings.Compare(a.Name, b.Name) })
+		return out, nil
+	}}
 }
 
 // provider translates one entry; nil when it cannot be used: then the intentions that

@@ -182,15 +182,10 @@ func (k *keys) protocol(def connect.Protocol) connect.Protocol {
 	return p
 }
 
-func (k *keys) balance(name string) bool {
-	switch s := k.string(name); s {
-	case "", "none":
-		return false
-	case "exact_balance":
-		return true
-	default:
+// balance accepts what Envoy needs to be told, and HAProxy does by itself.
+func (k *keys) balance(name string) {
+	if s := k.string(name); s != "" && s != "none" && s != "exact_balance" {
 		k.bad(name, s, "exact_balance")
-		return false
 	}
 }
 

@@ -3,9 +3,9 @@ package consul
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,120 +17,111 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-func (w *Watcher) fetchEndpoints(d declared, h hop) fetch {
-	return func(ctx context.Context, c *cursor) (func(*state), error) {
-		q := c.cached(ctx)
-		q.Filter = h.filter
-		q.Datacenter = h.dc
-		// Not "passing": a warning still counts, with its own weight.
-		list, meta, err := w.client.api.Health().Connect(h.service, "", false, q)
-		if err != nil {
-			return nil, err
-		}
-		c.advance(meta)
-		c.pause = time.Duration(len(list)) * pauseEach
-		return func(st *state) {
-			// The trust domain is filled in when a snapshot is made: the roots may
-			// arrive later than this.
-			ids := []certs.SPIFFEID{{Partition: "default", Namespace: "default", Datacenter: h.dc, Service: h.service}}
-			t := connect.Target{Service: h.service, Datacenter: h.dc, IDs: ids, SNI: h.sni,
-				Endpoints: endpoints(list, h.dc != st.proxy.Datacenter, h.onlyPassing)}
-			w.retarget(st, d, t)
-		}, nil
-	}
+// destination is whose instances are asked for.
+type destination struct {
+	service, dc string
+	other       bool   // dc is not ours
+	subset      string // "": the service as a whole
+	filter      string // of the subset
+	onlyPassing bool
 }
 
-func (w *Watcher) fetchQuery(d declared) fetch {
-	return func(ctx context.Context, c *cursor) (func(*state), error) {
-		q := c.options(ctx)
-		q.WaitIndex, q.WaitTime, q.Connect, q.Datacenter = 0, 0, true, d.dc
-		got, _, err := w.client.api.PreparedQuery().Execute(d.service, q)
-		if err != nil {
-			return nil, err
-		}
-		if got == nil {
-			return nil, errors.New("empty answer")
-		}
-		var list []*api.ServiceEntry
-		for i := range got.Nodes {
-			list = append(list, &got.Nodes[i])
-		}
-		return func(st *state) {
-			seen := map[certs.SPIFFEID]bool{}
-			t := connect.Target{Service: d.service, Datacenter: got.Datacenter}
-			for _, e := range list {
+// name of the target that a destination is.
+func (d destination) name() connect.TargetName {
+	name := connect.SafeName(d.service) + ".default." + connect.SafeName(d.dc)
+	if d.subset != "" {
+		name = connect.SafeName(d.subset) + "." + name
+	}
+	return connect.TargetName(name)
+}
+
+// said is a destination in words.
+func (d destination) said() string {
+	name := d.service
+	if d.subset != "" {
+		name = d.subset + " of " + name
+	}
+	if d.other {
+		name += " in " + d.dc
+	}
+	return name
+}
+
+// instances is the answer of who may be called.
+type instances struct {
+	dc        string
+	ids       []certs.SPIFFEID   // without trust domain: the roots may arrive later than this; sorted
+	endpoints []connect.Endpoint // perhaps with host names in place of addresses
+}
+
+// noInstances and namedInstances are void and shapes of watches for instances.
+func noInstances(v any) bool { return len(v.(instances).endpoints) == 0 }
+
+func namedInstances(v any) bool { return slices.ContainsFunc(v.(instances).endpoints, named) }
+
+// id is a service's identity, without the trust domain.
+func id(service, dc string) certs.SPIFFEID {
+	return certs.SPIFFEID{Partition: "default", Namespace: "default", Datacenter: dc, Service: service}
+}
+
+// endpoints is asked for the instances of a destination.
+func (c *Client) endpoints(d destination) watch {
+	about := "endpoints\x00" + d.service + "\x00" + d.dc + "\x00" + d.subset
+	return watch{key: fmt.Sprintf("%s\x00%s\x00%t", about, d.filter, d.onlyPassing), subject: about, name: "endpoints of " + d.said(), void: noInstances, shapes: namedInstances,
+		fetch: func(ctx context.Context, cur *cursor) (any, error) {
+			q := cur.cached(ctx)
+			q.Filter = d.filter
+			q.Datacenter = d.dc
+			// Not "passing": a warning still counts, with its own weight.
+			list, meta, err := c.api.Health().Connect(d.service, "", false, q)
+			if err != nil {
+				return nil, err
+			}
+			cur.advance(meta)
+			cur.pause = time.Duration(len(list)) * pauseEach
+			return instances{dc: d.dc, ids: []certs.SPIFFEID{id(d.service, d.dc)}, endpoints: endpoints(list, d.other, d.onlyPassing)}, nil
+		}}
+}
+
+// query is asked by executing a prepared query, every so often. dc is where it is evaluated,
+// own where we are.
+func (c *Client) query(d *declared, own string) watch {
+	about := "query\x00" + d.service + "\x00" + d.dc
+	name := "query " + d.service
+	if d.other {
+		name += " in " + d.dc
+	}
+	return watch{key: about + "\x00" + d.poll.String(), subject: about, name: name, every: d.poll, void: noInstances, shapes: namedInstances,
+		fetch: func(ctx context.Context, cur *cursor) (any, error) {
+			q := cur.options(ctx)
+			q.WaitIndex, q.WaitTime, q.Connect, q.Datacenter = 0, 0, true, d.dc
+			got, _, err := c.api.PreparedQuery().Execute(d.service, q)
+			if err != nil {
+				return nil, err
+			}
+			if got == nil {
+				return nil, errors.New("empty answer")
+			}
+			var list []*api.ServiceEntry
+			out := instances{dc: got.Datacenter}
+			for i := range got.Nodes {
+				e := &got.Nodes[i]
+				list = append(list, e)
 				if e.Service == nil {
 					continue
 				}
-				id := certs.SPIFFEID{Partition: "default", Namespace: "default", Datacenter: got.Datacenter, Service: e.Service.Service}
+				one := id(e.Service.Service, got.Datacenter)
 				if e.Service.Proxy != nil && e.Service.Proxy.DestinationServiceName != "" {
-					id.Service = e.Service.Proxy.DestinationServiceName
+					one.Service = e.Service.Proxy.DestinationServiceName
 				}
-				if !seen[id] {
-					seen[id] = true
-					t.IDs = append(t.IDs, id)
+				if !slices.Contains(out.ids, one) {
+					out.ids = append(out.ids, one)
 				}
 			}
-			slices.SortFunc(t.IDs, func(a, b certs.SPIFFEID) int { return strings.Compare(a.String(), b.String()) })
-			t.Endpoints = endpoints(list, got.Datacenter != st.proxy.Datacenter, false)
-			w.retarget(st, d, t)
-		}, nil
-	}
-}
-
-// restartGrace is how long after trouble with Consul an upstream keeps its endpoints
-// although all of them have gone at once. A restarted agent calls every check critical
-// until it has run; a server that is elected before gossip has reached it deregisters
-// the nodes it has not heard of (agent/consul, reconcileReaped), until their agents
-// notice.
-const restartGrace = 15 * time.Second
-
-// retarget sets the target of a destination, but holds back what would empty it within
-// restartGrace. What comes meanwhile does not prolong that.
-func (w *Watcher) retarget(st *state, d declared, t connect.Target) {
-	r := st.answers[d.key]
-	if r == nil || len(t.Endpoints) > 0 || len(r.target.Endpoints) == 0 || r.target.Service != t.Service {
-		st.setTarget(d, t)
-		return
-	}
-	if !r.until.IsZero() {
-		r.late = t
-		return
-	}
-	until := w.feeds.settled().Add(restartGrace)
-	wait := time.Until(until)
-	if wait <= 0 {
-		st.setTarget(d, t)
-		return
-	}
-	r.until, r.late = until, t
-	w.held.Add(1)
-	w.log.Warn("all endpoints have gone just after Consul came back; the last ones stay for now", "upstream", d.up.Name, "for", wait.Round(time.Second),
-		"try", "nothing, if they return; else: are the instances registered, and do their checks pass?")
-	ctx := r.ctx
-	w.wg.Add(1)
-	go func() {
-		defer w.wg.Done()
-		if pause(ctx, wait) {
-			w.send(ctx, func(st *state) {
-				if st.answers[d.key] == r && r.until.Equal(until) {
-					st.setTarget(d, r.late)
-				}
-			})
-		}
-	}()
-}
-
-func (st *state) setTarget(d declared, t connect.Target) {
-	r := st.answers[d.key]
-	if r == nil {
-		return
-	}
-	r.until, r.late = time.Time{}, connect.Target{}
-	if !reflect.DeepEqual(r.target, t) {
-		r.target, st.dirty = t, true
-		r.turn++
-	}
+			slices.SortFunc(out.ids, func(a, b certs.SPIFFEID) int { return strings.Compare(a.String(), b.String()) })
+			out.endpoints = endpoints(list, got.Datacenter != own, false)
+			return out, nil
+		}}
 }
 
 // endpoints keeps the instances that may be called: any critical check takes one

@@ -141,13 +141,13 @@ func (p *Process) Run(ctx context.Context) error {
 	for {
 		began := time.Now()
 		c, err := p.takeOver(ctx)
+		p.up.Store(err == nil) // before anybody is told
 		if reply != nil {
 			reply <- err
 			reply = nil
 		}
 		if err == nil {
 			served, last = true, ""
-			p.up.Store(true)
 			if p.conf.Serving != nil {
 				p.conf.Serving()
 			}

@@ -18,47 +18,29 @@ func guard(b *builder, ids string) {
 	b.add("tcp-request content reject unless { var(%s) -m bool }", lua.SpiffeArmed)
 }
 
-func (o *Options) tlsOptions(alpn string) string {
-	s := fmt.Sprintf(" ssl crt %s ca-file %s verify required no-ssl-reuse", o.path(LeafFile), o.path(RootsFile))
-	if alpn != "" {
-		s += " alpn " + alpn
+func (o *Options) tlsOptions(c Class) string {
+	s := fmt.Sprintf(" ssl crt %s ca-file %s verify required no-ssl-reuse", o.path(LeafFile(c.Leaf)), o.path(BundleFile(c.Bundle)))
+	if c.ALPN != "" {
+		s += " alpn " + c.ALPN
 	}
 	return s
 }
 
-// class groups upstreams whose connectors are alike.
-func class(u *connect.Upstream) string {
-	kind := "t"
+// classOf is what the connectors of a target must be.
+func classOf(g *connect.Group, t *connect.Target) Class {
+	c := Class{Timeout: g.Connect.Truncate(time.Millisecond), Leaf: t.Dial.Leaf, Bundle: t.Dial.Bundle}
 	switch {
-	case u.Protocol.IsHTTP2():
-		kind = "h2"
-	case u.Protocol.IsHTTP():
-		kind = "h1"
+	case g.Protocol.IsHTTP2():
+		c.ALPN = "h2"
+	case g.Protocol.IsHTTP():
+		c.ALPN = "http/1.1"
 	}
-	return fmt.Sprintf("%s-%d", kind, u.ConnectTimeout.Milliseconds())
-}
-
-// ClassALPN is the protocol that connectors of a class offer; "" none.
-func ClassALPN(class string) string {
-	switch {
-	case strings.HasPrefix(class, "h2-"):
-		return "h2"
-	case strings.HasPrefix(class, "h1-"):
-		return "http/1.1"
-	}
-	return ""
-}
-
-// ClassTimeout bounds connecting and shaking hands in a class.
-func ClassTimeout(class string) time.Duration {
-	_, t, _ := strings.Cut(class, "-")
-	n, _ := strconv.Atoi(t)
-	return time.Duration(max(n, 1)) * time.Millisecond
+	return c
 }
 
 // slotValue is what a connector must know of an endpoint: where, and who.
 func slotValue(t *connect.Target, e *connect.Endpoint) string {
-	return e.Address + "|" + strconv.Itoa(e.Port) + lua.SpiffeIDsMark + strings.ReplaceAll(idList(t.IDs), " ", lua.SpiffeIDsMark)
+	return e.Address + "|" + strconv.Itoa(e.Port) + lua.SpiffeIDsMark + strings.ReplaceAll(idList(t.Dial.IDs), " ", lua.SpiffeIDsMark)
 }
 
 // ParseSlotValue takes apart what slotValue made.
@@ -73,19 +55,20 @@ func ParseSlotValue(v string) (addr string, ids []string) {
 // connector is hop 2 of a class: from the socket of a slot to mutual TLS with the
 // endpoint that the slot's map names.
 func (o *Options) connector(t *SlotTable) ([]*Section, error) {
-	in, out := section("frontend", "connect_"+t.Class), section("backend", "tls_"+t.Class)
+	class := t.Class.Name()
+	in, out := section(Frontend, connectorFrontend(class)), section(Backend, connectorBackend(class))
 	in.add("mode tcp").add("no log").add("timeout client 25h") // hop 1 decides when to close
 	for i := 1; i <= t.Size; i++ {
-		in.add("bind unix@%s id %d%s", o.path(SlotSocket(Slot{Class: t.Class, ID: i})), slotID(i), o.owned())
+		in.add("bind unix@%s id %d%s", o.path(SlotSocket(Slot{Class: class, ID: i})), slotID(i), o.owned())
 	}
-	in.add("tcp-request content set-var(%s) so_id,map_int(%s)", lua.SpiffeIDsVar, o.path(SlotMapFile(t.Class)))
+	in.add("tcp-request content set-var(%s) so_id,map_int(%s)", lua.SpiffeIDsVar, o.path(SlotMapFile(class)))
 	in.add("tcp-request content reject unless { var(%s) -m found }", lua.SpiffeIDsVar)
 	in.add("tcp-request content set-dst var(%s),field(1,|)", lua.SpiffeIDsVar)
 	in.add("tcp-request content set-dst-port var(%s),field(2,|)", lua.SpiffeIDsVar)
-	in.add("default_backend tls_%s", t.Class)
-	out.add("mode tcp").add("retries 0").add("timeout connect %s", ms(ClassTimeout(t.Class))).add("timeout server 25h").add("timeout tunnel 25h")
+	in.add("default_backend %s", out.name)
+	out.add("mode tcp").add("retries 0").add("timeout connect %s", ms(max(t.Class.Timeout, 1))).add("timeout server 25h").add("timeout tunnel 25h")
 	guard(out, lua.SpiffeSlot)
-	out.add("server endpoint 0.0.0.0:0%s", o.tlsOptions(ClassALPN(t.Class)))
+	out.add("server endpoint 0.0.0.0:0%s", o.tlsOptions(t.Class))
 	a, err := in.build("connectors: a socket for each endpoint of an HTTP upstream")
 	if err != nil {
 		return nil, err

@@ -1,49 +1,56 @@
 package render
 
 import (
-	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
-type globalSection struct {
-	*builder
-	what string
-}
-
 // connections is how many there may be at once. One of an HTTP upstream holds four
-// descriptors, both ends of the caller's and of the connector's, and each listener one.
+// descriptors, both ends of the caller's and of the connector's, and each listener one. What
+// callers share does not follow the slots, whose number changes more often: nil.
 func (o *Options) connections(slots map[string]*SlotTable, upstreams int) int {
-	if o.Files == 0 {
+	if o.MaxFiles == 0 {
 		return o.MaxConn
 	}
 	taken := 300 + (upstreams+255)/256*256 // in steps: one upstream more is no other limit
 	for _, t := range slots {
 		taken += t.Size
 	}
-	return max(50, min(o.MaxConn, (o.Files-taken)/5))
+	return max(50, min(o.MaxConn, (o.MaxFiles-taken)/5))
 }
-
-// share is what the inbound listeners divide: the connections that there may be beside
-// the fewest sockets. It does not follow the sockets, whose number changes more often.
-func (o *Options) share(upstreams int) int { return o.connections(nil, upstreams) }
 
 // maxOldWorkers caps replaced workers that still have sessions: each keeps its whole
 // memory. The oldest is ended when there would be more.
 const maxOldWorkers = 20
 
-func (o *Options) global(in *connect.Inbound) []globalSection {
-	var out []globalSection
-	if o.LuaBool {
+// process adds the sections that are of no listener.
+func (f *file) process() {
+	if f.LuaBool {
 		// Must come before lua-load, and the parser moves what it does not know to the end.
-		out = append(out, globalSection{section("global", "").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below"})
+		f.add(global("Lua's booleans").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below")
 	}
-	out = append(out, globalSection{section("global", "").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental"})
-	g := section("global", "")
+	f.add(global("experimental directives").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental")
+	if f.LosesAnswers { // the parser takes one such line in a section
+		f.add(global("denials").add("lua-load-per-thread %s", f.path(lua.DenyFile)), "denials that callers hear while they still send")
+	}
+	f.add(f.settings(), "the process")
+	f.limits = len(f.Sections)
+	f.Sections = append(f.Sections, nil) // see limit
+	f.add(defaults(), "defaults of every proxy below")
+	f.add(section(Defaults, httpDefaults+" from "+allDefaults).add("option abortonclose"), "what is asked of an application ends with who asked")
+	f.add(f.admin(), "statistics and metrics, for haproxy-connect alone")
+	if f.snap.Public() != nil {
+		f.add(f.authz(), "the agent that knows the intentions")
+	}
+}
+
+// settings of the process.
+func (o *Options) settings() *builder {
+	g := global("")
 	if o.User != "" {
-		g.word("user", "user", o.User)
+		g.add("user %s", g.check("user", o.User))
 	}
 	if o.Group != "" {
-		g.word("group", "group", o.Group)
+		g.add("group %s", g.check("group", o.Group))
 	}
 	g.add("nbthread %d", o.Threads)
 	owner := ""
@@ -68,19 +75,11 @@ func (o *Options) global(in *connect.Inbound) []globalSection {
 		g.add("tune.memory.hot-size 2359296")
 	}
 	g.add("httpclient.ssl.verify none") // unused; spares loading the system's CAs
-	g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
-	if o.LosesAnswers { // the parser takes one such line in a section
-		out = append(out, globalSection{section("global", "").add("lua-load-per-thread %s", o.path(lua.DenyFile)), "denials that callers hear while they still send"})
-	}
-	return append(out, globalSection{g, "the process"})
+	return g.add("lua-load-per-thread %s", o.path(lua.SpiffeFile))
 }
 
-// Names of defaults sections. HAProxy 2.6 heeds abortonclose only where a frontend
-// inherits it, and it must not be where TCP connections may be half closed.
-const allDefaults, httpDefaults = "mesh", "mesh_http"
-
-func (o *Options) defaults() *builder {
-	return section("defaults", allDefaults).
+func defaults() *builder {
+	return section(Defaults, allDefaults).
 		add("mode tcp").
 		add("log global").
 		add("option dontlognull").
@@ -106,7 +105,7 @@ func (o *Options) owned() string {
 }
 
 func (o *Options) admin() *builder {
-	return section("frontend", "admin").
+	return section(Frontend, adminFrontend).
 		add("mode http").
 		add("bind unix@%s%s", o.path(AdminSocket), o.owned()).
 		add("no log").
@@ -121,7 +120,7 @@ func (o *Options) authz() *builder {
 	if o.SPOP {
 		mode = "spop"
 	}
-	return section("backend", "authz").
+	return section(Backend, authzBackend).
 		add("mode %s", mode).
 		add("timeout connect 1s").
 		add("timeout server 24h").

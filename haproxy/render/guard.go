@@ -8,18 +8,19 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
+	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
 // forwardsCert reports whether the application is told the caller's certificate: as
 // in Consul, not with grpc.
-func forwardsCert(in *connect.Inbound) bool {
-	return in.Protocol.IsHTTP() && in.Protocol != connect.GRPC && !in.SanitizeXFCC
+func forwardsCert(l *connect.Listener) bool {
+	return l.Protocol().IsHTTP() && l.Protocol() != connect.GRPC && !l.Guard().SanitizeXFCC
 }
 
 // spoe is the configuration of the filter: what is asked, and when.
-func (o *Options) spoe(in *connect.Inbound) string {
+func (o *Options) spoe(l *connect.Listener) string {
 	chain := ""
-	if forwardsCert(in) {
+	if forwardsCert(l) {
 		chain = " " + spoe.ArgChain + "=var(txn.chain)"
 	}
 	return `# What HAProxy asks the authorization agent.
@@ -30,8 +31,8 @@ spoe-agent hc
     option set-on-error error
     timeout hello 2s
     timeout idle 1h
-    timeout processing 1s
-    use-backend authz
+    timeout processing ` + o.AgentTimeout.String() + `
+    use-backend ` + authzBackend + `
 
 spoe-message ` + spoe.MessageConnection + `
     args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgSource + `=src ` + spoe.ArgPort + `=src_port ` + spoe.ArgDestination + `=dst ` + spoe.ArgDestinationPort + `=dst_port ` +
@@ -52,23 +53,16 @@ const sess, txn = "sess.hc.", "txn.hc."
 
 // token forwards what the verified token of a provider says, and takes the token away
 // where its location says so.
-func (b *builder) token(p *intentions.Provider) error {
+func (b *builder) token(p *intentions.Provider) {
 	verified := fmt.Sprintf("{ var(%s%s) -m found }", txn, p.Variable())
 	if p.ForwardTo != "" {
-		if _, err := word("forwarding.header_name", p.ForwardTo); err != nil {
-			return err
-		}
-		b.add("http-request set-header %s %%[var(%s%s)] if %s", p.ForwardTo, txn, p.Variable(), verified)
+		b.add("http-request set-header %s %%[var(%s%s)] if %s", b.check("forwarding.header_name", p.ForwardTo), txn, p.Variable(), verified)
 	}
 	for _, l := range p.Locations {
 		if l.Header != "" && !l.Keep {
-			if _, err := word("locations.header.name", l.Header); err != nil {
-				return err
-			}
-			b.add("http-request del-header %s if %s", l.Header, verified)
+			b.add("http-request del-header %s if %s", b.check("locations.header.name", l.Header), verified)
 		}
 	}
-	return nil
 }
 
 // maxChain is how many bytes of certificates X-Forwarded-Client-Cert is made of at most.
@@ -99,12 +93,16 @@ func requests(b *builder) {
 }
 
 // ourHeaders are those by which only we tell the application who called.
-func ourHeaders(in *connect.Inbound, p *intentions.Policy) []string {
+func (f *file) ourHeaders() []string {
 	out := []string{"X-Forwarded-Client-Cert"}
-	if in.CallerHeader != "" {
-		out = append(out, in.CallerHeader)
+	public := f.snap.Public()
+	if public == nil {
+		return out
 	}
-	for _, one := range p.Providers() {
+	if h := public.Guard().CallerHeader; h != "" {
+		out = append(out, h)
+	}
+	for _, one := range public.Policy().Providers() {
 		if one.ForwardTo != "" {
 			out = append(out, one.ForwardTo)
 		}
@@ -116,10 +114,7 @@ func ourHeaders(in *connect.Inbound, p *intentions.Policy) []string {
 func spellings(b *builder, names []string) {
 	part := make([]string, len(names))
 	for i, name := range names {
-		if _, err := word("header", name); err != nil && b.err == nil {
-			b.err = err
-		}
-		part[i] = strings.ReplaceAll(regexp.QuoteMeta(strings.ToLower(name)), "-", "[-_]")
+		part[i] = strings.ReplaceAll(regexp.QuoteMeta(strings.ToLower(b.check("header", name))), "-", "[-_]")
 	}
 	b.add("http-request del-header '^(%s)$' -m reg if { req.hdr_names -m sub -- _ }", strings.Join(part, "|"))
 }
@@ -170,5 +165,92 @@ func normalize(b *builder, n connect.Normalize) {
 	}
 	if n.MergeSlashes {
 		b.add("http-request normalize-uri path-merge-slashes")
+	}
+}
+
+// judgeConnections asks about each connection.
+func judgeConnections(b *builder) {
+	b.add("tcp-request inspect-delay 5s")
+	b.add("tcp-request content send-spoe-group hc %s", spoe.MessageConnection)
+	b.add("tcp-request content reject unless { var(%s%s) -m str %s }", sess, spoe.VarVerdict, spoe.Allow)
+}
+
+// judgeRequests lets no request pass that the policy of this moment does not allow, and
+// tells the application who calls.
+func (f *file) judgeRequests(b *builder, l *connect.Listener) {
+	g := l.Guard()
+	f.Maps[PolicyMap].Read = true
+	says(b, "before the application", "the application closed the connection without an answer", "the application refuses connections", "the application did not answer in time")
+	requests(b)
+	normalize(b, g.Normalize)
+
+	// A verdict is kept per connection and asked again when the policy's generation
+	// has moved. It is forgotten before it is asked, so that an agent that does not
+	// answer leaves none; then it is copied, as another stream of the connection may
+	// be asking while this one waits.
+	fresh := fmt.Sprintf("{ var(%s%s),strcmp(txn.policy) eq 0 }", sess, spoe.VarGeneration)
+	b.add("http-request set-var(txn.policy) str(%s),map_str(%s)", PolicyKey, f.path(PolicyMap))
+	b.add("http-request set-var(txn.stale) bool(true) unless %s", fresh)
+	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarVerdict)
+	b.add("http-request unset-var(%s%s) if { var(txn.stale) -m bool }", sess, spoe.VarGeneration)
+	if forwardsCert(l) { // a longer chain is not forwarded: the question must fit into a frame
+		b.add("http-request set-var(txn.chain) ssl_c_chain_der if { var(txn.stale) -m bool } { ssl_c_chain_der,length le %d }", maxChain)
+	}
+	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
+	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
+	// Who asked for another service gets no answer that could be taken for that one's.
+	b.add("http-request reject if { var(%s%s) -m str %s }", sess, spoe.VarRule, intentions.ServerNameRule)
+	for _, p := range g.Policy.Providers() {
+		if p.ForwardTo != "" { // only we may say what a token says
+			b.add("http-request del-header %s", p.ForwardTo)
+		}
+	}
+	ask := fmt.Sprintf("{ var(txn.verdict) -m str %s }", spoe.Ask)
+	b.add("http-request send-spoe-group hc %s if %s", spoe.MessageRequest, ask)
+	if f.logs() || f.ExplainDenials {
+		b.add("http-request set-var(txn.rule) var(%s%s)", sess, spoe.VarRule)
+		b.add("http-request set-var(txn.reason) var(%s%s)", sess, spoe.VarReason)
+		b.add("http-request set-var(txn.rule) var(%s%s) if %s", txn, spoe.VarRequestRule, ask)
+		b.add("http-request set-var(txn.reason) var(%s%s) if %s", txn, spoe.VarRequestReason, ask)
+	}
+	b.add("http-request set-var(txn.verdict) var(%s%s) if %s", txn, spoe.VarRequestVerdict, ask)
+	explain := ""
+	if f.ExplainDenials {
+		explain = " hdr X-Denied-Reason %[var(txn.reason)]"
+	}
+	if f.LosesAnswers {
+		if f.ExplainDenials {
+			b.add("http-request set-var(txn.explain) bool(true)")
+		}
+		b.add("http-request use-service %s if !{ var(txn.verdict) -m str %s } { req.ver 1.0 1.1 } !METH_GET !METH_HEAD", lua.DenyService, spoe.Allow)
+	}
+	b.add(`http-request return status 403 content-type text/plain string "RBAC: access denied"%s unless { var(txn.verdict) -m str %s }`, explain, spoe.Allow)
+	for _, p := range g.Policy.Providers() {
+		b.token(p)
+	}
+	own := b.check("own identity", f.snap.Proxy.SPIFFEID().String())
+	const header = "X-Forwarded-Client-Cert"
+	if forwardsCert(l) {
+		// What one earlier hop said is kept before what is known here; more than one
+		// line of it no proxy of the mesh sends.
+		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
+		// An open quote in it would make ours a part of theirs.
+		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
+		spellings(b, f.ourHeaders())
+		b.add("http-request set-header %s %s", header, element)
+		b.add("http-request set-header %s %%[var(txn.xfcc)],%%[req.fhdr(%s)] if { var(txn.xfcc) -m found }", header, header)
+	} else {
+		b.add("http-request del-header %s", header)
+		spellings(b, f.ourHeaders())
+	}
+	// While we stop, an answer closes its connection: the caller goes elsewhere.
+	b.add("http-after-response set-header Connection close if { str(%s),map_str(%s) -m found }", DrainingKey, f.path(PolicyMap))
+	if f.MaxAge > 0 {
+		b.add("tcp-request session set-var(sess.born) date()")
+		b.add("http-after-response set-header Connection close if { date(),sub(sess.born) ge %d }", int(f.MaxAge.Seconds()))
+	}
+	// Always set, never added: a caller cannot forge who called.
+	if g.CallerHeader != "" {
+		b.add("http-request set-header %s %%[var(%s%s)]", g.CallerHeader, sess, spoe.VarService)
 	}
 }

@@ -5,40 +5,57 @@ import "maps"
 // Merge is what of want HAProxy can be brought to without a reload, from running: its
 // structure stays, and what changes at run time is taken from want. A backend whose head
 // or whose number of sockets changes keeps its servers, and a slot keeps its endpoint as
-// long as a server of running may use it. It is for roots that can be replaced live, or
+// long as a server of running may use it. It is for bundles that can be replaced live, or
 // that are the same in both.
 func Merge(running, want *Config) *Config {
 	out := *running
-	out.Leaf, out.Roots, out.Generation, out.Verified = want.Leaf, want.Roots, want.Generation, want.Verified
-	out.Files, out.Slots = maps.Clone(running.Files), make(map[string]*SlotTable, len(running.Slots))
+	out.Leaves, out.Bundles, out.Verified = common(running.Leaves, want.Leaves), common(running.Bundles, want.Bundles), want.Verified
+	out.Maps, out.Slots = common(running.Maps, want.Maps), make(map[string]*SlotTable, len(running.Slots))
 	same := map[string]bool{"": true} // classes whose servers may change
 	for class, now := range running.Slots {
 		next := want.Slots[class]
 		if next == nil || next.Size != now.Size {
 			out.Slots[class] = now
+			if m := running.Maps[SlotMapFile(class)]; m != nil {
+				out.Maps[SlotMapFile(class)] = m
+			}
 			continue
 		}
 		same[class] = true
 		out.Slots[class] = now.with(next)
-		if file := SlotMapFile(class); running.Files[file] != "" || want.Files[file] != "" {
-			out.Files[file] = out.Slots[class].SlotMap()
+		if out.Maps[SlotMapFile(class)] != nil {
+			out.Maps[SlotMapFile(class)] = out.Slots[class].live()
 		}
 	}
-	if text, ok := want.Files[PolicyMap]; ok {
-		out.Files[PolicyMap] = text
+	for name, m := range out.Maps { // what runs reads the maps that it reads
+		if now := running.Maps[name]; now.Read != m.Read {
+			out.Maps[name] = &LiveMap{Entries: m.Entries, Read: now.Read}
+		}
 	}
 	wanted := make(map[string]*Section, len(want.Sections))
 	for _, s := range want.Sections {
-		wanted[s.Name] = s
+		wanted[s.ID] = s
 	}
 	out.Sections = make([]*Section, len(running.Sections))
 	for i, s := range running.Sections {
 		out.Sections[i] = s
-		if w := wanted[s.Name]; w != nil && s.Upstream != "" && w.Head == s.Head && w.class == s.class && same[w.class] {
+		if w := wanted[s.ID]; w != nil && s.Target != "" && w.Head == s.Head && w.class == s.class && same[w.class] {
 			out.Sections[i] = w
 		}
 	}
 	return &out
+}
+
+// common is what runs, as it is wanted: what is new waits for the reload, and what is gone
+// may still be used until then.
+func common[T any](running, want map[string]T) map[string]T {
+	out := maps.Clone(running)
+	for name := range running {
+		if v, ok := want[name]; ok {
+			out[name] = v
+		}
+	}
+	return out
 }
 
 // with is the table with the endpoints of both: none is in two slots, and no slot has two,

@@ -10,34 +10,19 @@ import (
 
 	"github.com/hashicorp/go-multierror"
 
+	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
-// Renderer keeps the sections of upstreams that have not changed since the last
-// call; the result is the same as without it.
+// Renderer keeps the sections of nouns that have not changed since the last call; the
+// result is the same as without it.
 type Renderer struct {
-	opt        Options
-	cache      map[*connect.Upstream]*cached
-	made       map[string]*Section // sections by what went into them
-	connectors map[connectorKey][]*Section
-	book       *ledger // of last
-	last       *Config // nil: none that the book and the cache go with
-}
-
-type connectorKey struct {
-	class string
-	size  int
-}
-
-// cached is what one upstream became.
-type cached struct {
-	front, back *Section // back without its servers
-	what, lines string   // what these were made of
-	values      []string // of its endpoints' slots
-	slots       []int    // as assigned when full was made
-	full        *Section // back with its servers
-	verified    string   // Config.Verified when full was made
+	opt    Options
+	access connect.AccessLog // of the last snapshot
+	memory memory
+	ledger *ledger // of last
+	last   *Config // nil: none that the ledger and the memory go with
 }
 
 // New makes a renderer for one run directory.
@@ -60,189 +45,305 @@ func New(o Options) (*Renderer, error) {
 	if o.HardStopAfter == 0 {
 		o.HardStopAfter = 30 * time.Minute
 	}
-	return &Renderer{opt: o, cache: map[*connect.Upstream]*cached{}, connectors: map[connectorKey][]*Section{}}, nil
+	if o.AgentTimeout == 0 {
+		o.AgentTimeout = time.Second
+	}
+	return &Renderer{opt: o}, nil
 }
 
-// Refused is an upstream that cannot be rendered: it is left out, the others stay.
+// Refused is a listener that cannot be rendered: it is left out, the others stay.
 type Refused struct {
-	Upstream string // "" when it is the service's own side
+	Listener *connect.Listener
 	Err      error
 }
 
 func (r *Refused) Error() string {
-	if r.Upstream == "" {
+	if r.Listener.Role.Callers() {
 		return fmt.Sprintf("a part of the registration is left out: %v", r.Err)
 	}
-	return fmt.Sprintf("upstream %.80q is left out: %v", r.Upstream, r.Err)
+	return fmt.Sprintf("upstream %.80q is left out: %v", r.Listener.Name, r.Err)
 }
 func (r *Refused) Unwrap() error { return r.Err }
 
 // Render makes the configuration for a snapshot. prev, if any, keeps the slots of
 // endpoints that stay. The refusals are upstreams that were left out; err means
 // that nothing can be rendered.
-func (r *Renderer) Render(s *connect.Snapshot, generation string, prev *Config) (c *Config, refused []*Refused, err error) {
-	if s.Leaf == nil || s.Roots == nil {
+func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refused, error) {
+	if s.Leaf() == nil || s.Roots() == nil {
 		return nil, nil, errors.New("no leaf or no roots")
 	}
-	o := &r.opt
-	if o.access != s.Inbound.AccessLog {
-		o.access, r.cache, r.last = s.Inbound.AccessLog, nil, nil // every listener is another
+	if r.access != s.AccessLog {
+		r.access, r.memory, r.last = s.AccessLog, memory{}, nil // every listener is another
 	}
-	c = &Config{Leaf: s.Leaf, Roots: s.Roots, Dir: o.Dir, Generation: generation, Files: map[string]string{}, Slots: map[string]*SlotTable{}}
-	c.Files[lua.SpiffeFile] = lua.Spiffe
-	if o.LosesAnswers {
-		c.Files[lua.DenyFile] = lua.Deny
-	}
-	c.Files[LeafList] = o.path(LeafFile) + " dummy.invalid\n" // haproxy.md, fact 3: a name filter, or 2.6 forgets client verification
-	c.Files[PolicyMap] = PolicyKey + " " + generation + "\n"
-
-	keep := map[string]*Section{}
-	wrong := &multierror.Error{ErrorFormat: oneLine} // everything at once, not the first alone
-	add := func(b *builder, comment string, e error) {
-		if e == nil {
-			var sec *Section
-			if sec, e = r.build(b, comment, keep); e == nil {
-				c.Sections = append(c.Sections, sec)
-				return
-			}
-		}
-		wrong = multierror.Append(wrong, e)
-	}
-	for _, g := range o.global(&s.Inbound) {
-		add(g.builder, g.what, nil)
-	}
-	connections := len(c.Sections) // known when the sockets are
-	c.Sections = append(c.Sections, nil)
-	add(o.defaults(), "defaults of every proxy below", nil)
-	add(section("defaults", httpDefaults+" from "+allDefaults).add("option abortonclose"), "what is asked of an application ends with who asked", nil)
-	add(o.admin(), "statistics and metrics, for haproxy-connect alone", nil)
-	if s.Inbound.Port != 0 {
-		c.Files[SPOEFile] = o.spoe(&s.Inbound)
-		add(o.authz(), "the agent that knows the intentions", nil)
-		limits := o.share(len(s.Upstreams))
-		ours := ourHeaders(&s.Inbound, s.Policy)
-		b, e := o.public(s, limits)
-		add(b, "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions", e)
-		for _, b := range o.permissive(&s.Inbound, limits) {
-			add(b, "WARNING: permissive mutual TLS, plain connections are let in without intentions", nil)
-		}
-		if s.Inbound.UnsecuredPort != 0 {
-			add(o.unsecured(&s.Inbound, ours, limits), "WARNING: unsecured_bind_port, no TLS and no intentions", nil)
-		}
-		b, e = o.local(&s.Inbound)
-		add(b, "the application", e)
-		for _, group := range exposeGroups(s.Inbound.Expose) {
-			list, e := o.expose(&s.Inbound, group, ours, limits)
-			if e != nil {
-				wrong = multierror.Append(wrong, e)
-			}
-			for _, b := range list {
-				add(b, "WARNING: exposed paths, no TLS and no intentions", nil)
-			}
-		}
-	}
-	if wrong.Len() > 0 {
-		return nil, nil, wrong
-	}
-
-	if prev != nil {
-		c.Verified = prev.Verified
-		if prev.Roots != nil && !s.Roots.Includes(prev.Roots) {
-			c.Verified = s.Roots.Fingerprint
-		}
-	}
-	// Upstreams: one that cannot be rendered must not take the others down. What was
-	// rendered last is only worth something beside the Config it went into.
-	book, known := r.book, r.cache
-	if prev == nil || prev != r.last {
-		book, known = newLedger(prev), nil
+	f := r.begin(s, prev)
+	f.process()
+	open := f.listeners()
+	if f.wrong.Len() > 0 {
+		return nil, nil, f.wrong
 	}
 	r.last = nil // until all of this is through
-	var byName map[string]*cached
-	before := func(name string) *cached {
-		if byName == nil {
-			byName = make(map[string]*cached, len(r.cache))
-			for u, c := range r.cache {
-				byName[u.Name] = c
-			}
-		}
-		return byName[name]
-	}
-	next := make(map[*connect.Upstream]*cached, len(s.Upstreams))
-	for _, u := range s.Upstreams {
-		hit := r.cache[u]
-		if hit == nil {
-			var e error
-			if hit, e = o.upstream(u, before(u.Name)); e != nil {
-				refused = append(refused, &Refused{Upstream: u.Name, Err: e})
-				continue
-			}
-			if hit.back.class != "" {
-				for i := range u.Target.Endpoints {
-					hit.values = append(hit.values, slotValue(&u.Target, &u.Target.Endpoints[i]))
-				}
-			}
-		}
-		if class := hit.back.class; class != "" && known[u] == nil {
-			book.want(class, hit.values)
-		}
-		next[u] = hit
-	}
-	for u, old := range known {
-		if next[u] == nil && old.back.class != "" {
-			book.drop(old.back.class, old.values)
-		}
-	}
-	book.assign(o.Files / 2)
-	whole := true
-	for _, u := range s.Upstreams {
-		hit := next[u]
-		if hit == nil {
-			continue
-		}
-		if hit.full == nil || known[u] == nil || hit.verified != c.Verified {
-			ids := book.of(hit.back.class, hit.values)
-			if hit.full == nil || hit.verified != c.Verified || !slices.Equal(ids, hit.slots) {
-				full, e := o.servers(u, hit.back, ids, c.Verified)
-				if e != nil {
-					refused = append(refused, &Refused{Upstream: u.Name, Err: e})
-					delete(next, u)
-					whole = false // the book counts it, the cache does not
-					continue
-				}
-				hit.full, hit.slots, hit.verified = full, ids, c.Verified
-			}
-		}
-		c.Sections = append(c.Sections, hit.front, hit.full)
-	}
-	c.Slots = book.published()
-	if c.Sections[connections], err = r.build(section("global", "").add("maxconn %d", o.connections(c.Slots, len(s.Upstreams))), "what the limit of open files leaves beside the sockets", keep); err != nil {
+	f.gather(open)
+	f.assign()
+	f.place(open)
+	if err := f.connectors(); err != nil {
 		return nil, nil, err
 	}
-	connectors := map[connectorKey][]*Section{}
-	for _, class := range slices.Sorted(maps.Keys(c.Slots)) {
-		t := c.Slots[class]
-		if o.Originator == Go {
-			continue // the dialer listens on the slots
+	if err := f.limit(); err != nil {
+		return nil, nil, err
+	}
+	r.memory, r.ledger, r.last = f.next, f.ledger, f.Config
+	return f.Config, f.refused, nil
+}
+
+// file is one configuration on its way.
+type file struct {
+	*Config
+	*Options
+	snap       *connect.Snapshot
+	prev       *Config
+	old, next  memory
+	ledger     *ledger
+	share      int // of the connections, for callers
+	limits     int // index of the section with the limit of connections
+	refused    []*Refused
+	wrong      *multierror.Error
+}
+
+// memory is what was made of which nouns. The zero memory knows nothing.
+type memory struct {
+	sections   map[string]*Section // by what went into them
+	fronts     map[*connect.Listener]*front
+	pools      []*pool // of those, each once
+	connectors map[connectorKey][]*Section
+	named      *names // made when it is asked for
+}
+
+// names finds what was made by its name: something of it may be the same.
+type names struct {
+	fronts map[string]*front
+	pools  map[string]*pool
+}
+
+func (m *memory) byName() *names {
+	if m.named == nil {
+		m.named = &names{make(map[string]*front, len(m.fronts)), make(map[string]*pool, len(m.pools))}
+		for _, one := range m.fronts {
+			m.named.fronts[one.listener.Name] = one
 		}
-		if file := SlotMapFile(class); prev != nil && prev.Slots[class] == t && prev.Files[file] != "" {
-			c.Files[file] = prev.Files[file]
-		} else {
-			c.Files[file] = t.SlotMap()
+		for _, p := range m.pools {
+			m.named.pools[p.head.Name] = p
 		}
-		k := connectorKey{class, t.Size}
-		if connectors[k] = r.connectors[k]; connectors[k] == nil {
-			if connectors[k], err = o.connector(t); err != nil {
-				return nil, nil, err
+	}
+	return m.named
+}
+
+type connectorKey struct {
+	class string
+	size  int
+}
+
+// begin starts a configuration with its files.
+func (r *Renderer) begin(s *connect.Snapshot, prev *Config) *file {
+	c := &Config{Dir: r.opt.Dir, Files: map[string]string{}, Maps: map[string]*LiveMap{}, Slots: map[string]*SlotTable{},
+		Leaves: map[string]*certs.Leaf{}, Bundles: map[string]*certs.Roots{}}
+	f := &file{Config: c, Options: &r.opt, snap: s, prev: prev, old: r.memory, ledger: r.ledger,
+		wrong: &multierror.Error{ErrorFormat: oneLine},
+		next:  memory{sections: map[string]*Section{}, fronts: make(map[*connect.Listener]*front, len(r.memory.fronts)), connectors: map[connectorKey][]*Section{}}}
+	// What was rendered last is only worth something beside the Config it went into.
+	if prev == nil || prev != r.last {
+		f.ledger = newLedger(prev)
+	}
+	for name, leaf := range s.Leaves {
+		c.Leaves[LeafFile(name)] = leaf
+	}
+	for name, roots := range s.Bundles {
+		c.Bundles[BundleFile(name)] = roots
+	}
+	c.Files[lua.SpiffeFile] = lua.Spiffe
+	if f.LosesAnswers {
+		c.Files[lua.DenyFile] = lua.Deny
+	}
+	c.Files[LeafList] = f.path(LeafFile(connect.OwnLeaf)) + " dummy.invalid\n" // a name filter, or 2.6 forgets client verification
+	c.Maps[PolicyMap] = &LiveMap{Entries: []Entry{{PolicyKey, s.Generation(r.opt.Version)}}}
+	if prev != nil {
+		c.Verified = prev.Verified
+		if was := prev.Bundles[BundleFile(connect.OwnBundle)]; was != nil && !s.Roots().Includes(was) {
+			c.Verified = s.Roots().Fingerprint
+		}
+	}
+	f.share = f.connections(nil, len(s.Upstreams()))
+	return f
+}
+
+// add renders a section that the configuration is not without.
+func (f *file) add(b *builder, comment string) {
+	if sec := f.must(b, comment); sec != nil {
+		f.Sections = append(f.Sections, sec)
+	}
+}
+
+// must renders a section that the configuration is not without; nil if it cannot be.
+func (f *file) must(b *builder, comment string) *Section {
+	sec, err := f.build(b, comment)
+	if err != nil {
+		f.wrong = multierror.Append(f.wrong, err) // everything at once, not the first alone
+	}
+	return sec
+}
+
+// build makes a section, or finds the one made of the same lines last time.
+func (f *file) build(b *builder, comment string) (*Section, error) {
+	key := comment + "\x00" + b.id() + "\x00" + strings.Join(b.lines, "\x00")
+	sec := f.old.sections[key]
+	if sec == nil || b.err != nil {
+		var err error
+		if sec, err = b.build(comment); err != nil {
+			return nil, err
+		}
+	}
+	f.next.sections[key] = sec
+	return sec, nil
+}
+
+// front is what a listener became, and the backends that it leads to.
+type front struct {
+	listener *connect.Listener
+	groups   []*connect.Group
+	sections []*Section
+	pools    []*pool
+}
+
+// listeners renders every listener and what it leads to. An upstream that cannot be
+// rendered must not take the others down.
+func (f *file) listeners() (open []*front) {
+	open = make([]*front, 0, len(f.snap.Listeners))
+	fresh := map[string]*pool{} // of this snapshot, by name
+	for _, l := range f.snap.Listeners {
+		one := f.old.fronts[l]
+		if one == nil || !f.same(one) {
+			var err error
+			if one, err = f.front(l, fresh); err != nil {
+				if l.Role.Callers() {
+					f.wrong = multierror.Append(f.wrong, err)
+				} else {
+					f.refused = append(f.refused, &Refused{Listener: l, Err: err})
+				}
+				continue
 			}
 		}
-		c.Sections = append(c.Sections, connectors[k]...)
+		if open = append(open, one); l.Role == connect.Local {
+			f.next.fronts[l] = one
+		}
 	}
-	r.cache, r.made, r.connectors, r.book = next, keep, connectors, book
-	if whole {
-		r.last = c
+	return open
+}
+
+// same reports whether nothing has changed of what a listener leads to.
+func (f *file) same(one *front) bool {
+	for _, p := range one.pools {
+		if !p.follow(f.snap) {
+			return false
+		}
 	}
-	return c, refused, nil
+	return true
+}
+
+// front renders one listener and what it leads to.
+func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
+	made := &front{listener: l}
+	var err error
+	for i := range l.Branches {
+		l.Branches[i].Chain.Groups(func(name connect.GroupName) {
+			g := f.snap.Group(name)
+			switch {
+			case g == nil:
+				err = fmt.Errorf("there is no group %.80q", name)
+			case !slices.Contains(made.groups, g):
+				made.groups = append(made.groups, g)
+			}
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	if l.Role != connect.Local {
+		made.sections = f.callers(l)
+	} else if err := f.upstream(made, f.old.byName().fronts[l.Name]); err != nil {
+		return nil, err
+	}
+	for _, g := range made.groups {
+		for i := range g.Targets {
+			p, err := f.pool(g, i, fresh)
+			if err != nil {
+				return nil, err
+			}
+			made.pools = append(made.pools, p)
+		}
+	}
+	return made, nil
+}
+
+// gather lists the backends, each once, and with the last listener that leads there.
+func (f *file) gather(open []*front) {
+	f.next.pools = make([]*pool, 0, len(f.old.pools))
+	for _, p := range f.old.pools {
+		p.last = nil
+	}
+	for _, one := range open {
+		for _, p := range one.pools {
+			if p.last == nil {
+				f.next.pools = append(f.next.pools, p)
+			}
+			p.last = one
+		}
+	}
+}
+
+// place writes the sections: a backend follows the last listener that leads to it.
+func (f *file) place(open []*front) {
+	for _, one := range open {
+		f.Sections = append(f.Sections, one.sections...)
+		for _, p := range one.pools {
+			if p.last == one {
+				f.Sections = append(f.Sections, p.full)
+			}
+		}
+	}
+}
+
+// connectors adds those of each class of slots.
+func (f *file) connectors() error {
+	if f.Originator == Go {
+		return nil // the dialer listens on the slots
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.Slots)) {
+		t := f.Slots[name]
+		path := SlotMapFile(name)
+		if f.prev != nil && f.prev.Slots[name] == t && f.prev.Maps[path] != nil {
+			f.Maps[path] = f.prev.Maps[path]
+		} else {
+			f.Maps[path] = t.live()
+		}
+		key := connectorKey{name, t.Size}
+		made := f.old.connectors[key]
+		if made == nil {
+			var err error
+			if made, err = f.connector(t); err != nil {
+				return err
+			}
+		}
+		f.next.connectors[key] = made
+		f.Sections = append(f.Sections, made...)
+	}
+	return nil
+}
+
+// limit writes what the limit of open files leaves beside the sockets, which are only known
+// now.
+func (f *file) limit() (err error) {
+	b := global("connections").add("maxconn %d", f.connections(f.Slots, len(f.snap.Upstreams())))
+	f.Sections[f.limits], err = f.build(b, "what the limit of open files leaves beside the sockets")
+	return err
 }
 
 // oneLine keeps a list of errors on one line of the log.
@@ -253,19 +354,3 @@ func oneLine(errs []error) string {
 	}
 	return strings.Join(text, "; ")
 }
-
-// build makes a section, or finds the one made of the same lines last time.
-func (r *Renderer) build(b *builder, comment string, keep map[string]*Section) (*Section, error) {
-	key := comment + "\x00" + b.kind + "\x00" + b.name + "\x00" + strings.Join(b.lines, "\x00")
-	if sec := r.made[key]; sec != nil && b.err == nil {
-		keep[key] = sec
-		return sec, nil
-	}
-	sec, err := b.build(comment)
-	if err == nil {
-		keep[key] = sec
-	}
-	return sec, err
-}
-
-func (o *Options) path(p string) string { return o.Dir + "/" + p }

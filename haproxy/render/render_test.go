@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"regexp"
 	"slices"
@@ -14,7 +15,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
-	"github.com/haproxy-connect/haproxy-connect/intentions"
+	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
 )
 
 type identityPair struct {
@@ -35,33 +36,34 @@ func newIdentity(t testing.TB) identityPair {
 
 // snapshot has n upstreams of each kind with e endpoints.
 func (p identityPair) snapshot(n, e int) *connect.Snapshot {
-	s := &connect.Snapshot{
-		Proxy: connect.Proxy{ID: "www-sidecar-proxy", Service: "www", Datacenter: "dc1", TrustDomain: p.ca.TrustDomain},
-		Inbound: connect.Inbound{Address: "0.0.0.0", Port: 21000, Protocol: connect.HTTP, Local: connect.Local{Address: "127.0.0.1", Port: 8080},
-			LocalConnectTimeout: 5 * time.Second, LocalRequestTimeout: 15 * time.Second, LocalIdleTimeout: time.Minute},
-		Leaf: p.leaf, Roots: p.roots, Policy: &intentions.Policy{},
-	}
+	s := connecttest.Snapshot(p.leaf, p.roots)
+	connecttest.Add(s, connecttest.Public(connect.HTTP))
 	for i := range n {
-		s.Upstreams = append(s.Upstreams, p.upstream(fmt.Sprintf("http%d", i), connect.HTTP, 10000+2*i, e), p.upstream(fmt.Sprintf("tcp%d", i), connect.TCP, 10001+2*i, e))
+		connecttest.Add(s, p.upstream(fmt.Sprintf("http%d", i), connect.HTTP, 10000+2*i, e), p.upstream(fmt.Sprintf("tcp%d", i), connect.TCP, 10001+2*i, e))
 	}
 	return s
 }
 
-func (p identityPair) upstream(name string, proto connect.Protocol, port, e int) *connect.Upstream {
-	u := &connect.Upstream{Name: name, Protocol: proto, ConnectTimeout: 5 * time.Second, IdleTimeout: time.Minute,
-		Listen: connect.Listener{Address: "127.0.0.1", Port: port},
-		Target: connect.Target{Name: name + ".default.dc1", Service: name, Datacenter: "dc1", IDs: []certs.SPIFFEID{p.ca.ID(name)}}}
+func (p identityPair) upstream(name string, proto connect.Protocol, port, e int) connecttest.Way {
+	var list []connect.Endpoint
 	for j := range e {
-		u.Target.Endpoints = append(u.Target.Endpoints, connect.Endpoint{Name: fmt.Sprintf("n%d.%s", j, name), Address: fmt.Sprintf("10.0.%d.%d", j/250, j%250+1), Port: 20000, Weight: 1})
+		list = append(list, connect.Endpoint{Name: fmt.Sprintf("n%d.%s", j, name), Address: fmt.Sprintf("10.0.%d.%d", j/250, j%250+1), Port: 20000, Weight: 1})
 	}
-	return u
+	return connecttest.Upstream(name, proto, port, p.ca.ID(name), list...)
+}
+
+// alone is a snapshot with these upstreams.
+func (p identityPair) alone(ways ...connecttest.Way) *connect.Snapshot {
+	s := p.snapshot(0, 0)
+	connecttest.Add(s, ways...)
+	return s
 }
 
 func mustRender(t testing.TB, s *connect.Snapshot, o Options, prev *Config) *Config {
 	o.Dir = "/run/x"
 	r, err := New(o)
 	require.NoError(t, err)
-	c, refused, err := r.Render(s, "g", prev)
+	c, refused, err := r.Render(s, prev)
 	require.NoError(t, err)
 	require.Empty(t, refused)
 	return c
@@ -72,8 +74,9 @@ func mustRender(t testing.TB, s *connect.Snapshot, o Options, prev *Config) *Con
 func TestNoConnectorWithoutItsGuard(t *testing.T) {
 	p := newIdentity(t)
 	s := p.snapshot(2, 2)
-	s.Upstreams = append(s.Upstreams, p.upstream("grpc", connect.GRPC, 9000, 1), p.upstream("none", connect.TCP, 9001, 0))
-	s.Upstreams[len(s.Upstreams)-1].Target.IDs = nil
+	none := p.upstream("none", connect.TCP, 9001, 0)
+	none.Target.Dial.IDs = nil
+	connecttest.Add(s, p.upstream("grpc", connect.GRPC, 9000, 1), none)
 	for _, o := range []Options{{}, {LuaBool: true, User: "haproxy", Group: "haproxy", AccessLog: LogJSON}, {AccessLog: LogText}} {
 		c := mustRender(t, s, o, nil)
 		connectors := 0
@@ -143,7 +146,7 @@ func TestOpenFilesSuffice(t *testing.T) {
 	p := newIdentity(t)
 	for _, endpoints := range []int{10, 200, 1500, 3000} {
 		const limit = 6000
-		c := mustRender(t, p.snapshot(1, endpoints), Options{Files: limit, MaxConn: 8192}, nil)
+		c := mustRender(t, p.snapshot(1, endpoints), Options{MaxFiles: limit, MaxConn: 8192}, nil)
 		size := c.Slots["h1-5000"].Size
 		require.GreaterOrEqual(t, size, endpoints)
 		most := regexp.MustCompile(`(?m)^  maxconn (\d+)$`).FindStringSubmatch(c.Text())
@@ -160,14 +163,18 @@ func TestBadUpstreamIsLeftOut(t *testing.T) {
 	s := p.snapshot(1, 1)
 	bad := p.upstream("fine", connect.HTTP, 7000, 1)
 	bad.Target.Endpoints[0].Name = "x\n  server evil 6.6.6.6:666"
-	s.Upstreams = append(s.Upstreams, bad)
+	lost := p.upstream("lost", connect.TCP, 7001, 1)
+	lost.Listener.Branches[0].Chain = connect.Direct("nobody")
+	connecttest.Add(s, bad, lost)
 	r, err := New(Options{Dir: "/run/x"})
 	require.NoError(t, err)
-	c, refused, err := r.Render(s, "g", nil)
+	c, refused, err := r.Render(s, nil)
 	require.NoError(t, err)
-	require.Len(t, refused, 1)
+	require.Len(t, refused, 2)
+	require.Same(t, bad.Listener, refused[0].Listener)
 	require.NotContains(t, refused[0].Error(), "\n")
-	require.NotNil(t, c.Find("backend tcp0.default.dc1"))
+	require.ErrorContains(t, refused[1], "there is no group")
+	require.NotNil(t, c.Find(Backend, "tcp0.default.dc1"))
 	require.NotContains(t, c.Text(), "evil")
 }
 
@@ -181,22 +188,37 @@ func FuzzNothingAddsALine(f *testing.F) {
 	p := newIdentity(f)
 	build := func(v string) *connect.Snapshot {
 		s := p.snapshot(0, 0)
-		s.Inbound.Expose = []connect.ExposePath{{Path: "/" + v, LocalPort: 1, ListenPort: 2, Protocol: connect.HTTP}}
-		s.Inbound.Local.SocketPath = "/" + v
-		for i, set := range []func(u *connect.Upstream){
-			func(u *connect.Upstream) { u.Name = v },
-			func(u *connect.Upstream) { u.Target.Name = v },
-			func(u *connect.Upstream) { u.Target.Endpoints[0].Name = v },
-			func(u *connect.Upstream) { u.Target.Endpoints[0].Address = v },
-			func(u *connect.Upstream) { u.Target.IDs[0].Service = v },
-			func(u *connect.Upstream) { u.Target.IDs[0].TrustDomain = v },
-			func(u *connect.Upstream) { u.Listen = connect.Listener{SocketPath: "/" + v, SocketMode: "600"} },
-			func(u *connect.Upstream) { u.Listen.Address = v },
+		app := connecttest.Public(connect.HTTP)
+		app.Target.Endpoints[0].SocketPath = "/" + v
+		open := connecttest.Public(connect.HTTP).But(func(w *connecttest.Way) {
+			w.Listener.Name, w.Listener.Role, w.Group.Name, w.Target.Name = "expose_2", connect.Open, "exposed", "exposed"
+			w.Listener.Branches[0] = connect.Branch{Protocol: connect.HTTP, Chain: connect.Direct("exposed")}
+			w.Listener.Branches[0].Chain.Routes[0].Match.PathExact = "/" + v
+			w.Group.Targets = []connect.TargetName{"exposed"}
+		})
+		connecttest.Add(s, app, open)
+		for i, set := range []func(w *connecttest.Way){
+			func(w *connecttest.Way) { w.Listener.Name = v },
+			func(w *connecttest.Way) {
+				w.Target.Name, w.Group.Targets[0] = connect.TargetName(v), connect.TargetName(v)
+			},
+			func(w *connecttest.Way) {
+				w.Group.Name, w.Listener.Branches[0].Chain = connect.GroupName(v), connect.Direct(connect.GroupName(v))
+			},
+			func(w *connecttest.Way) { w.Target.Endpoints[0].Name = v },
+			func(w *connecttest.Way) { w.Target.Endpoints[0].Address = v },
+			func(w *connecttest.Way) { w.Target.Dial.IDs[0].Service = v },
+			func(w *connecttest.Way) { w.Target.Dial.IDs[0].TrustDomain = v },
+			func(w *connecttest.Way) {
+				w.Target.Dial.Leaf, w.Target.Dial.Bundle = connect.LeafName(v), connect.BundleName(v)
+			},
+			func(w *connecttest.Way) { w.Listener.Bind = connect.Bind{SocketPath: "/" + v} },
+			func(w *connecttest.Way) { w.Listener.Bind.Address = v },
 		} {
 			for _, proto := range []connect.Protocol{connect.TCP, connect.HTTP} {
-				u := p.upstream(fmt.Sprintf("u%d%s", i, proto), proto, 3000+i, 1)
-				set(u)
-				s.Upstreams = append(s.Upstreams, u)
+				w := p.upstream(fmt.Sprintf("u%d%s", i, proto), proto, 3000+i, 1)
+				set(&w)
+				connecttest.Add(s, w)
 			}
 		}
 		return s
@@ -214,17 +236,17 @@ func FuzzNothingAddsALine(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	good, _, err := r.Render(build("harmless"), "g", nil)
+	good, _, err := r.Render(build("harmless"), nil)
 	if err != nil {
 		f.Fatal(err)
 	}
 	most := kinds(good.Text())
-	for n, c := range kinds(good.Files[SlotMapFile("h1-5000")]) {
+	for n, c := range kinds(good.Maps[SlotMapFile("h1-5000")].Text()) {
 		_ = n
 		most["map"] += c
 	}
 	f.Fuzz(func(t *testing.T, v string) {
-		c, _, err := r.Render(build(v), "g", nil)
+		c, _, err := r.Render(build(v), nil)
 		if err != nil {
 			if strings.ContainsFunc(err.Error(), func(r rune) bool { return r == '\r' || r == 0 }) {
 				t.Fatalf("the error carries control characters: %q", err)
@@ -237,7 +259,7 @@ func FuzzNothingAddsALine(f *testing.F) {
 			}
 		}
 		maps := 0
-		for _, n := range kinds(c.Files[SlotMapFile("h1-5000")]) {
+		for _, n := range kinds(c.Maps[SlotMapFile("h1-5000")].Text()) {
 			maps += n
 		}
 		if maps > most["map"] {
@@ -253,19 +275,21 @@ func BenchmarkRenderOneFlip(b *testing.B) {
 			s := p.snapshot(n/2, 10)
 			r, err := New(Options{Dir: "/run/x"})
 			require.NoError(b, err)
-			prev, _, err := r.Render(s, "g", nil)
+			prev, _, err := r.Render(s, nil)
 			require.NoError(b, err)
-			u := *s.Upstreams[0]
-			u.Target.Endpoints = u.Target.Endpoints[:9]
+			whole := *s.Targets[0]
+			less := whole
+			less.Endpoints = less.Endpoints[:9]
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
 				next := *s
-				next.Upstreams = append([]*connect.Upstream(nil), s.Upstreams...)
+				next.Targets = slices.Clone(s.Targets)
+				one := whole
 				if i%2 == 0 {
-					one := u
-					next.Upstreams[0] = &one
+					one = less
 				}
-				if prev, _, err = r.Render(&next, "g", prev); err != nil {
+				next.Targets[0] = &one
+				if prev, _, err = r.Render(&next, prev); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -278,53 +302,66 @@ func BenchmarkRenderOneFlip(b *testing.B) {
 func TestRendererRemembersNothingThatMatters(t *testing.T) {
 	p := newIdentity(t)
 	random := rand.New(rand.NewPCG(1, 2))
-	full := p.snapshot(8, 12)
+	full := p.snapshot(0, 0)
+	ways := map[string]connecttest.Way{}
+	for i := range 16 {
+		name, proto := fmt.Sprint("u", i), []connect.Protocol{connect.TCP, connect.HTTP}[i%2]
+		ways[name] = p.upstream(name, proto, 9000+i, 12)
+	}
 	r, err := New(Options{Dir: "/run/x"})
 	require.NoError(t, err)
 	var prev *Config
-	last := full
+	last := map[string]connecttest.Way{}
 	for step := range 300 {
 		s := *full
-		s.Upstreams = nil
-		for i, u := range full.Upstreams {
-			switch old := last.Upstreams; random.IntN(5) {
+		now := map[string]connecttest.Way{}
+		for _, name := range slices.Sorted(maps.Keys(ways)) {
+			switch old, had := last[name]; random.IntN(6) {
 			case 0: // gone
 			case 1, 2: // other endpoints
-				one := *u
-				one.Target.Endpoints = nil
-				for _, e := range u.Target.Endpoints {
-					if random.IntN(3) > 0 {
-						one.Target.Endpoints = append(one.Target.Endpoints, e)
+				now[name] = ways[name].But(func(w *connecttest.Way) {
+					w.Target.Endpoints = nil
+					for _, e := range ways[name].Target.Endpoints {
+						if random.IntN(3) > 0 {
+							w.Target.Endpoints = append(w.Target.Endpoints, e)
+						}
 					}
-				}
-				s.Upstreams = append(s.Upstreams, &one)
+				})
+			case 3: // led to what another one leads to
+				now[name] = ways[name].But(func(w *connecttest.Way) { w.Listener.Branches[0].Chain = connect.Direct(ways["u1"].Group.Name) })
 			default: // as before
-				if j := slices.IndexFunc(old, func(o *connect.Upstream) bool { return o.Name == u.Name }); j >= 0 {
-					s.Upstreams = append(s.Upstreams, old[j])
-				} else {
-					s.Upstreams = append(s.Upstreams, full.Upstreams[i])
+				if now[name] = ways[name]; had {
+					now[name] = old
 				}
 			}
 		}
+		if _, there := now["u1"]; !there {
+			now["u1"] = ways["u1"]
+		}
+		for _, w := range now {
+			connecttest.Add(&s, w)
+		}
 		if random.IntN(25) == 0 {
-			full.Inbound.AccessLog.Enabled = !full.Inbound.AccessLog.Enabled
+			full.AccessLog.Enabled = !full.AccessLog.Enabled
+			s.AccessLog = full.AccessLog
 		}
 		if random.IntN(20) == 0 { // another trust: roots replaced
 			q := newIdentity(t)
-			s.Roots = q.roots
-			full.Roots = q.roots
+			full.Bundles = map[connect.BundleName]*certs.Roots{connect.OwnBundle: q.roots}
+			s.Bundles = full.Bundles
 		}
-		got, refused, err := r.Render(&s, "g", prev)
+		got, refused, err := r.Render(&s, prev)
 		require.NoError(t, err)
 		require.Empty(t, refused)
 		want := mustRender(t, &s, Options{}, prev)
 		require.Equal(t, want.Text(), got.Text(), "step %d", step)
 		require.Equal(t, want.Files, got.Files)
+		require.Equal(t, want.Maps, got.Maps)
 		require.Equal(t, want.Slots, got.Slots)
 		if random.IntN(7) > 0 { // else it was refused, and what ran goes on
 			prev = got
 		}
-		last = &s
+		last = now
 	}
 }
 
@@ -336,19 +373,20 @@ func TestRemovedRootRenamesServers(t *testing.T) {
 	require.NoError(t, err)
 	names := func(c *Config, backend string) string {
 		out := ""
-		for _, s := range c.Find("backend " + backend).Servers {
+		for _, s := range c.Find(Backend, backend).Servers {
 			out += s.Name + " "
 		}
 		return out
 	}
 	s := p.snapshot(1, 3)
+	roots := func(r *certs.Roots) { s.Bundles = map[connect.BundleName]*certs.Roots{connect.OwnBundle: r} }
 	first := mustRender(t, s, Options{}, nil)
-	s.Roots = both
+	roots(both)
 	added := mustRender(t, s, Options{}, first)
-	s.Roots = q.roots
+	roots(q.roots)
 	removed := mustRender(t, s, Options{}, added)
 	again := mustRender(t, s, Options{}, removed)
-	http, tcp := s.Upstreams[0].Target.Name, s.Upstreams[1].Target.Name
+	http, tcp := "http0.default.dc1", "tcp0.default.dc1"
 	require.Equal(t, names(first, http), names(added, http))
 	require.NotEqual(t, names(added, http), names(removed, http))
 	require.Equal(t, names(removed, http), names(again, http))
@@ -360,9 +398,7 @@ func TestRemovedRootRenamesServers(t *testing.T) {
 func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 	p := newIdentity(t)
 	first := mustRender(t, p.snapshot(1, 10), Options{}, nil)
-	gone := p.snapshot(0, 0)
-	gone.Upstreams = []*connect.Upstream{p.upstream("another", connect.HTTP, 9000, 20)}
-	second := mustRender(t, gone, Options{}, first)
+	second := mustRender(t, p.alone(p.upstream("another", connect.HTTP, 9000, 20)), Options{}, first)
 	third := mustRender(t, p.snapshot(1, 10), Options{}, second)
 	owner := map[int]string{}
 	for _, c := range []*Config{first, second, third} {
@@ -376,44 +412,41 @@ func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 		}
 	}
 	require.Equal(t, used(first, "h1-5000"), used(third, "h1-5000"), "its own free slots are used again")
-	back := Slots(map[string]string{"h1-5000": second.Files[SlotMapFile("h1-5000")]})
+	back := Slots(map[string]string{"h1-5000": second.Maps[SlotMapFile("h1-5000")].Text()})
 	require.Equal(t, used(second, "h1-5000"), used(back, "h1-5000"))
 	fourth := mustRender(t, p.snapshot(1, 10), Options{}, back)
 	for v, id := range used(fourth, "h1-5000") {
 		require.Greater(t, id, 30, v)
 	}
-	require.Empty(t, Slots(map[string]string{"x": "junk\n1 2\n-5 x\n"}).Slots["x"].Values)
+	require.Empty(t, Slots(map[string]string{"h1-7": "junk\n1 2\n-5 x\n"}).Slots["h1-7"].Values)
+	require.Empty(t, Slots(map[string]string{"policy": "generation x\n", "h1-7-abc": "1001 x"}).Slots)
 }
 
 // Whoever chooses names and addresses so that two endpoints become one server takes down
 // nobody: HAProxy would refuse the whole configuration.
 func TestTwoServersOfOneName(t *testing.T) {
 	p := newIdentity(t)
-	s := p.snapshot(0, 0)
 	u := p.upstream("db", connect.TCP, 9000, 2)
 	u.Target.Endpoints[1] = u.Target.Endpoints[0]
-	s.Upstreams = append(s.Upstreams, u, p.upstream("api", connect.HTTP, 9001, 2))
-	c := mustRender(t, s, Options{}, nil)
-	require.Len(t, c.Find("backend "+u.Target.Name).Servers, 1)
-	require.Len(t, c.Find("backend "+s.Upstreams[len(s.Upstreams)-1].Target.Name).Servers, 2)
+	c := mustRender(t, p.alone(u, p.upstream("api", connect.HTTP, 9001, 2)), Options{}, nil)
+	require.Len(t, c.Find(Backend, "db.default.dc1").Servers, 1)
+	require.Len(t, c.Find(Backend, "api.default.dc1").Servers, 2)
 }
 
 func TestMerge(t *testing.T) {
 	p := newIdentity(t)
-	now := p.snapshot(0, 0)
 	api, db := p.upstream("api", connect.HTTP, 9001, 2), p.upstream("db", connect.TCP, 9000, 1)
-	now.Upstreams = []*connect.Upstream{api, db}
-	running := mustRender(t, now, Options{}, nil)
-	next := *now
-	more := *api
-	more.Target.Endpoints = append(slices.Clone(api.Target.Endpoints[1:]), connect.Endpoint{Name: "new", Address: "10.9.9.9", Port: 1, Weight: 1})
-	next.Upstreams = []*connect.Upstream{&more, p.upstream("other", connect.TCP, 9003, 1)}
-	want := mustRender(t, &next, Options{}, running)
+	running := mustRender(t, p.alone(api, db), Options{}, nil)
+	more := api.But(func(w *connecttest.Way) {
+		w.Target.Endpoints = append(slices.Clone(api.Target.Endpoints[1:]), connect.Endpoint{Name: "new", Address: "10.9.9.9", Port: 1, Weight: 1})
+	})
+	next := p.alone(more, p.upstream("other", connect.TCP, 9003, 1))
+	want := mustRender(t, next, Options{}, running)
 	merged := Merge(running, want)
 	require.Len(t, merged.Sections, len(running.Sections))
-	require.NotNil(t, merged.Find("frontend up_db"), "what is to go stays until the reload")
-	require.Nil(t, merged.Find("frontend up_other"))
-	require.Equal(t, want.Find("backend "+api.Target.Name).Servers, merged.Find("backend "+api.Target.Name).Servers)
+	require.NotNil(t, merged.Find(Frontend, "up_db"), "what is to go stays until the reload")
+	require.Nil(t, merged.Find(Frontend, "up_other"))
+	require.Equal(t, want.Find(Backend, "api.default.dc1").Servers, merged.Find(Backend, "api.default.dc1").Servers)
 	have := used(merged, "h1-5000")
 	for v, id := range used(want, "h1-5000") {
 		require.Equal(t, id, have[v])
@@ -421,6 +454,6 @@ func TestMerge(t *testing.T) {
 	for v, id := range used(running, "h1-5000") {
 		require.Equal(t, id, have[v], "a server of what runs may still use it")
 	}
-	again := mustRender(t, &next, Options{}, merged)
+	again := mustRender(t, next, Options{}, merged)
 	require.Equal(t, used(want, "h1-5000"), used(again, "h1-5000"))
 }

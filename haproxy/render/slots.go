@@ -19,7 +19,7 @@ const minSlots = 256
 // being replaced still sends by its own idea of a slot, and what it means for one
 // service must never arrive at another.
 type SlotTable struct {
-	Class  string
+	Class  Class
 	Size   int      // sockets that exist
 	Values []string // "address|port|id|id" of the endpoint in each slot, "" in a free one
 	Owners []string // "id|id" of every slot that was ever used
@@ -35,20 +35,11 @@ func (t *SlotTable) Each(do func(value string, id int)) {
 	}
 }
 
-// SlotMap is the content of a class's map file.
-func (t *SlotTable) SlotMap() string {
-	size := 0
-	t.Each(func(v string, _ int) { size += len(v) + 12 })
-	var b strings.Builder
-	b.Grow(size)
-	var number [20]byte
-	t.Each(func(v string, id int) {
-		b.Write(strconv.AppendInt(number[:0], int64(slotID(id)), 10))
-		b.WriteByte(' ')
-		b.WriteString(v)
-		b.WriteByte('\n')
-	})
-	return b.String()
+// live is the map of the class: where each slot in use leads.
+func (t *SlotTable) live() *LiveMap {
+	m := &LiveMap{Entries: make([]Entry, 0, t.used), Read: true}
+	t.Each(func(v string, id int) { m.Entries = append(m.Entries, Entry{Slot{ID: id}.Key(), v}) })
+	return m
 }
 
 // ledger counts who wants which slot, so that a change costs what changed. It goes
@@ -82,12 +73,13 @@ func newLedger(prev *Config) *ledger {
 
 // want counts an upstream's values in. The class comes to exist, also while it has
 // no endpoint: the first one must not need a reload.
-func (l *ledger) want(class string, values []string) {
+func (l *ledger) want(of Class, values []string) {
+	class := of.Name()
 	refs := l.refs[class]
 	if refs == nil {
 		refs = map[string]*ref{}
 		l.refs[class] = refs
-		l.tables[class] = &SlotTable{Class: class, Size: minSlots}
+		l.tables[class] = &SlotTable{Class: of, Size: minSlots}
 	}
 	for _, v := range values {
 		r := refs[v]
@@ -151,7 +143,7 @@ func (l *ledger) assign(most int) {
 		old := l.tables[class]
 		slices.Sort(fresh)
 		fresh = slices.Compact(fresh) // one that came, went and came again is named twice
-		t := &SlotTable{Class: class, Size: old.Size, Values: slices.Clone(old.Values), Owners: old.Owners, used: old.used + len(fresh) - len(gone)}
+		t := &SlotTable{Class: old.Class, Size: old.Size, Values: slices.Clone(old.Values), Owners: old.Owners, used: old.used + len(fresh) - len(gone)}
 		t.give(fresh, refs)
 		for _, id := range gone { // only now: connections that are being made still mean the old endpoint
 			t.Values[id-1] = ""
@@ -210,12 +202,16 @@ func identities(v string) string {
 	return rest
 }
 
-// Slots reads back what SlotMap wrote: the assignments of a HAProxy that still runs
+// Slots reads back the maps of classes, by their names: the assignments of a HAProxy that still runs
 // while a new sidecar takes over. What cannot be read is not assigned; a gap may mean
-// something to the old worker and is given to nobody.
+// something to the old worker and is given to nobody. Maps of other things are passed over.
 func Slots(maps map[string]string) *Config {
 	c := &Config{Slots: map[string]*SlotTable{}}
-	for class, text := range maps {
+	for name, text := range maps {
+		class, ok := parseClass(name)
+		if !ok {
+			continue
+		}
 		t := &SlotTable{Class: class, Size: minSlots}
 		for line := range strings.Lines(text) {
 			key, value, ok := strings.Cut(strings.TrimSpace(line), " ")
@@ -232,7 +228,7 @@ func Slots(maps map[string]string) *Config {
 			t.Values[id-1], t.Owners[id-1] = value, identities(value)
 		}
 		t.grow()
-		c.Slots[class] = t
+		c.Slots[name] = t
 	}
 	return c
 }

@@ -143,3 +143,39 @@ func ParseStats(text string) ([]map[string]string, error) {
 		rows = append(rows, row)
 	}
 }
+
+// ParseServers reads the names, as backend/server, of `show servers state` (HAProxy's
+// management guide): the columns 2 and 4 of each line.
+func ParseServers(text string) map[string]bool {
+	have := map[string]bool{}
+	for line := range strings.Lines(text) {
+		if f := strings.Fields(line); len(f) >= 8 && f[0] != "#" {
+			have[f[1]+"/"+f[3]] = true
+		}
+	}
+	return have
+}
+
+// ParseCertificate reads the serial number of `show ssl cert FILE`; "" is an answer without
+// one.
+func ParseCertificate(text string) string {
+	for line := range strings.Lines(text) {
+		if serial, ok := strings.CutPrefix(strings.TrimSpace(line), "Serial: "); ok {
+			return serial
+		}
+	}
+	return ""
+}
+
+// ParseMap reads `show map FILE`: a line is an address, a key, and the rest of the line, its
+// value.
+func ParseMap(text string) map[string]string {
+	entries := map[string]string{}
+	for line := range strings.Lines(text) {
+		_, entry, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if key, value, both := strings.Cut(entry, " "); ok && both {
+			entries[key] = value
+		}
+	}
+	return entries
+}

@@ -13,14 +13,11 @@ package spoe
 import (
 	"bufio"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -95,9 +92,7 @@ const (
 // Agent answers for the current Policy. Use New.
 type Agent struct {
 	opt     Options
-	epoch   string
 	current atomic.Pointer[epoch]
-	count   atomic.Uint64
 	conns   atomic.Int64
 
 	mu       sync.Mutex
@@ -117,22 +112,18 @@ func New(o Options) *Agent {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	var b [6]byte
-	_, _ = rand.Read(b[:]) // never fails (crypto/rand)
-	a := &Agent{opt: o, epoch: hex.EncodeToString(b[:]), reported: map[string]bool{}}
-	a.current.Store(&epoch{policy: &intentions.Policy{}, generation: a.epoch + "-0"})
+	a := &Agent{opt: o, reported: map[string]bool{}}
+	a.current.Store(&epoch{policy: &intentions.Policy{}, generation: "none"})
 	return a
 }
 
-// SetPolicy swaps the policy and returns the name of its generation, which no
-// other run of any agent uses: verdicts of other generations are stale.
-func (a *Agent) SetPolicy(p *intentions.Policy) string {
-	e := &epoch{policy: p, generation: a.epoch + "-" + strconv.FormatUint(a.count.Add(1), 10)}
-	a.current.Store(e)
+// SetPolicy swaps the policy. generation names what it says: verdicts of other
+// generations are stale, and those of the same one are good, whoever gave them.
+func (a *Agent) SetPolicy(p *intentions.Policy, generation string) {
+	a.current.Store(&epoch{policy: p, generation: generation})
 	a.mu.Lock()
 	clear(a.reported)
 	a.mu.Unlock()
-	return e.generation
 }
 
 // Generation names the policy in force.

@@ -42,6 +42,12 @@ func caller(t testing.TB, services ...string) []byte {
 	return block.Bytes
 }
 
+// use puts a policy into force, and returns its generation.
+func use(a *Agent, p *intentions.Policy) string {
+	a.SetPolicy(p, p.Digest())
+	return p.Digest()
+}
+
 func policy(allow ...string) *intentions.Policy {
 	c := intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}
 	for _, a := range allow {
@@ -168,7 +174,7 @@ func TestAgentAnswers(t *testing.T) {
 		return vars
 	}
 	require.Equal(t, Deny, ask(web)[VarVerdict], "before any policy")
-	first := a.SetPolicy(policy("web"))
+	first := use(a, policy("web"))
 	got := ask(web)
 	require.Equal(t, Allow, got[VarVerdict])
 	require.Equal(t, first, got[VarGeneration])
@@ -180,7 +186,7 @@ func TestAgentAnswers(t *testing.T) {
 		require.Equal(t, Deny, ask(der)[VarVerdict])
 	}
 	require.Equal(t, Ask, ask(l7)[VarVerdict])
-	second := a.SetPolicy(policy("db"))
+	second := use(a, policy("db"))
 	require.NotEqual(t, first, second)
 	require.Equal(t, Deny, ask(web)[VarVerdict], "a swap is seen by the next question")
 	require.Equal(t, Allow, ask(db)[VarVerdict])
@@ -214,7 +220,7 @@ func (c *tally) Inc() { c.n++ }
 func TestCountersAreLookedUpOnce(t *testing.T) {
 	looked, total := 0, &tally{}
 	a := New(Options{Count: func(string, intentions.Decision) Counter { looked++; return total }})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	c := a.newConn()
 	f, err := parseFrame(notifyRequest(1, caller(t, "l7"), "GET", "/ok", headersBin("x-key", "1"))[4:])
 	require.NoError(t, err)
@@ -229,7 +235,7 @@ func TestCountersAreLookedUpOnce(t *testing.T) {
 // Who connected from an address is remembered, so that a new deny finds its session.
 func TestDeniedSessions(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	connect, _ := start(t, a)
 	h := connect()
 	from := netip.MustParseAddrPort("10.1.2.3:40000")
@@ -243,7 +249,7 @@ func TestDeniedSessions(t *testing.T) {
 	require.Equal(t, Allow, vars[VarVerdict])
 	require.Equal(t, Stays, a.Judge(from, false, nil))
 	require.False(t, a.AnyDenied())
-	a.SetPolicy(policy("db"))
+	use(a, policy("db"))
 	require.Equal(t, Ends, a.Judge(from, false, nil))
 	require.True(t, a.AnyDenied())
 	other := netip.MustParseAddrPort("10.1.2.3:40001")
@@ -263,7 +269,7 @@ func TestDeniedSessions(t *testing.T) {
 // of one of them finds its session, whoever came last.
 func TestTwoIdentitiesAtOneAddress(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web", "db"))
+	use(a, policy("web", "db"))
 	from := netip.MustParseAddrPort("10.1.2.3:40000")
 	one, two := netip.MustParseAddrPort("10.0.0.1:443"), netip.MustParseAddrPort("10.0.0.2:443")
 	service := func(name string) certs.SPIFFEID {
@@ -274,9 +280,9 @@ func TestTwoIdentitiesAtOneAddress(t *testing.T) {
 	a.remember(from, one, service("web"), true)
 	a.remember(from, two, service("db"), true)
 	require.Equal(t, Stays, a.Judge(from, false, nil))
-	a.SetPolicy(policy("db"))
+	use(a, policy("db"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "web was there first")
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "db came last")
 	a.remember(from, two, service("web"), true)
 	require.Equal(t, Stays, a.Judge(from, false, nil), "db has gone: its address is web's now")
@@ -291,16 +297,16 @@ func TestTwoIdentitiesAtOneAddress(t *testing.T) {
 func TestTunnelsEndWithTheirRule(t *testing.T) {
 	a := New(Options{})
 	before := policy("web")
-	a.SetPolicy(before)
+	use(a, before)
 	from := netip.MustParseAddrPort("10.1.2.3:40000")
 	_, l7, err := identity(caller(t, "l7"))
 	require.NoError(t, err)
 	a.remember(from, netip.AddrPort{}, l7, true)
 	require.Equal(t, Stays, a.Judge(from, false, before))
 	require.Equal(t, EndsTunnels, a.Judge(from, false, nil), "nothing is known of the policy before")
-	a.SetPolicy(policy("db"))
+	use(a, policy("db"))
 	require.Equal(t, Stays, a.Judge(from, false, before), "the rule of l7 is the same")
-	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true, Intentions: []intentions.Intention{
+	use(a, intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true, Intentions: []intentions.Intention{
 		{Source: intentions.Source{Name: "l7", Namespace: "default"}, Precedence: 9, Permissions: []intentions.Permission{{PathPrefix: "/ok"}}}}}))
 	require.Equal(t, EndsTunnels, a.Judge(from, false, before))
 }
@@ -310,7 +316,7 @@ func TestServerNames(t *testing.T) {
 	var told []string
 	a := New(Options{Denied: func(source string, d intentions.Decision) { told = append(told, d.Rule+" "+d.Reason) }})
 	own := "api.default.dc1.internal." + td
-	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, ServerName: own, DefaultAllow: true}))
+	use(a, intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, ServerName: own, DefaultAllow: true}))
 	c := a.newConn()
 	c.epoch = a.current.Load()
 	for name, want := range map[string]string{own: Allow, "": Allow, "api.service.consul": Allow, "db.default.dc1.internal." + td: Deny} {
@@ -323,7 +329,7 @@ func TestServerNames(t *testing.T) {
 // What a certificate names cannot be read as an element of the header, or as its end.
 func TestForwardedCertificate(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	c := a.newConn()
 	c.epoch = a.current.Load()
 	template, err := x509.ParseCertificate(caller(t, "web"))
@@ -347,7 +353,7 @@ func TestForwardedCertificate(t *testing.T) {
 // remembered of one that is denied.
 func TestMemoryOfChains(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	c := a.newConn()
 	web, db := caller(t, "web"), caller(t, "db")
 	for i := range 4000 {
@@ -368,7 +374,7 @@ func TestMemoryOfChains(t *testing.T) {
 
 func TestPipelinedAndParallel(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	connect, _ := start(t, a)
 	web, db := caller(t, "web"), caller(t, "db")
 	var wg sync.WaitGroup
@@ -423,7 +429,7 @@ func TestMalformedEndsTheConnection(t *testing.T) {
 // byte: the others are answered, and the greedy one is ended, in bounded memory.
 func TestThousandsOfConnections(t *testing.T) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	connect, _ := start(t, a)
 	raw := notifyConnection(1, caller(t, "web"))
 	greedy := connect()
@@ -496,7 +502,7 @@ func FuzzFrame(f *testing.F) {
 	f.Add(notifyRequest(1, der, "GET", "/ok", headersBin("x-key", "1"))[4:])
 	f.Add([]byte{3, 0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 	a := New(Options{})
-	a.SetPolicy(intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}))
+	use(a, intentions.NewPolicy(intentions.Config{Destination: "api", TrustDomain: td, HTTP: true}))
 	with := func(message string, args ...string) []byte {
 		b := beginFrame(nil, frameNotify, 1, 1)
 		b = append(appendText(b, message), byte(len(args)/2+1))
@@ -534,7 +540,7 @@ func FuzzFrame(f *testing.F) {
 
 func BenchmarkAnswer(b *testing.B) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	frames := map[string][]byte{"connection": notifyConnection(1, caller(b, "web")),
 		"request": notifyRequest(1, caller(b, "l7"), "GET", "/ok", headersBin("host", "x", "x-key", "1"))}
 	for name, raw := range frames {
@@ -557,7 +563,7 @@ func BenchmarkAnswer(b *testing.B) {
 // connections, each with one question at a time.
 func BenchmarkAgent(b *testing.B) {
 	a := New(Options{})
-	a.SetPolicy(policy("web"))
+	use(a, policy("web"))
 	ln, err := net.Listen("unix", filepath.Join(b.TempDir(), "s"))
 	require.NoError(b, err)
 	ctx, cancel := context.WithCancel(context.Background())

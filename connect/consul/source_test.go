@@ -27,7 +27,7 @@ type mesh struct {
 	t     *testing.T
 	agent *connecttest.Agent
 	ca    *certs.Authority
-	w     *Watcher
+	w     *Source
 	last  atomic.Pointer[connect.Snapshot]
 }
 
@@ -82,7 +82,7 @@ func (m *mesh) endpoints(status string, ids ...int) {
 func (m *mesh) run() {
 	client, err := NewClient(Config{Addr: m.agent.Addr()})
 	require.NoError(m.t, err)
-	m.w = NewWatcher(client, "www-proxy", slog.New(slog.DiscardHandler))
+	m.w = NewSource(client, "www-proxy", slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(m.t.Context())
 	done := make(chan error, 1)
 	go func() { done <- m.w.Run(ctx, func(s *connect.Snapshot) { m.last.Store(s) }) }()
@@ -102,9 +102,16 @@ func (m *mesh) until(what string, is func(*connect.Snapshot) bool) *connect.Snap
 
 func count(n int) func(*connect.Snapshot) bool {
 	return func(s *connect.Snapshot) bool {
-		return len(s.Upstreams) == 1 && len(s.Upstreams[0].Target.Endpoints) == n
+		return len(s.Upstreams()) == 1 && len(target(s, 0).Endpoints) == n
 	}
 }
+
+// group and target are those of an upstream.
+func group(s *connect.Snapshot, i int) *connect.Group {
+	return s.Group(s.Upstreams()[i].Branches[0].Chain.Routes[0].Splits[0].Group)
+}
+
+func target(s *connect.Snapshot, i int) *connect.Target { return s.Target(group(s, i).Targets[0]) }
 
 func TestNothingBeforeEverythingIsHeard(t *testing.T) {
 	for _, missing := range []string{"/v1/agent/connect/ca/roots", "/v1/agent/connect/ca/leaf/www", "/v1/connect/intentions/match", "/v1/agent/connect/authorize"} {
@@ -133,43 +140,45 @@ func TestChangesArrive(t *testing.T) {
 	m := newMesh(t)
 	m.run()
 	s := m.until("two endpoints", count(2))
-	u := s.Upstreams[0]
-	require.Equal(t, 7*time.Second, u.ConnectTimeout)
-	require.Equal(t, "spiffe://"+domain+"/ns/default/dc/dc1/svc/db", u.Target.IDs[0].String())
-	require.False(t, s.Policy.Decide(m.ca.ID("any"), nil).Allow)
+	u, to := s.Upstreams()[0], target(s, 0)
+	require.Equal(t, 7*time.Second, group(s, 0).Connect)
+	require.Equal(t, "spiffe://"+domain+"/ns/default/dc/dc1/svc/db", to.Dial.IDs[0].String())
+	require.False(t, s.Public().Policy().Decide(m.ca.ID("any"), nil).Allow)
 
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"shop","Action":"allow","Precedence":9},{"SourceName":"jwt","Action":"allow","Precedence":9,"JWT":{"Providers":[{"Name":"x"}]}}]}`)
-	s = m.until("an intention", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("shop"), nil).Allow })
-	require.Same(t, u, s.Upstreams[0], "what did not change is the same pointer")
-	require.False(t, s.Policy.Decide(m.ca.ID("jwt"), nil).Allow, "a token that is demanded cannot be ignored")
+	s = m.until("an intention", func(s *connect.Snapshot) bool { return s.Public().Policy().Decide(m.ca.ID("shop"), nil).Allow })
+	require.Same(t, u, s.Upstreams()[0], "what did not change is the same pointer")
+	require.Same(t, to, target(s, 0))
+	require.False(t, s.Public().Policy().Decide(m.ca.ID("jwt"), nil).Allow, "a token that is demanded cannot be ignored")
 
 	m.endpoints("passing", 1, 2, 3)
 	s = m.until("three endpoints", count(3))
-	require.NotSame(t, u, s.Upstreams[0])
+	require.NotSame(t, to, target(s, 0))
+	require.Same(t, u, s.Upstreams()[0])
 	m.endpoints("critical", 1, 2, 3)
 	m.until("no endpoints, as nothing was wrong with the agent", count(0))
 
 	other, err := certs.NewAuthority(domain)
 	require.NoError(t, err)
 	m.roots(m.ca, other)
-	m.until("two roots", func(s *connect.Snapshot) bool { return s.Roots.Count == 2 })
-	before := s.Leaf
+	m.until("two roots", func(s *connect.Snapshot) bool { return s.Roots().Count == 2 })
+	before := s.Leaf()
 	m.leaf()
-	s = m.until("a new leaf", func(s *connect.Snapshot) bool { return s.Leaf.Fingerprint != before.Fingerprint })
+	s = m.until("a new leaf", func(s *connect.Snapshot) bool { return s.Leaf().Fingerprint != before.Fingerprint })
 
-	u = s.Upstreams[0]
+	u = s.Upstreams()[0]
 	m.agent.Set("/v1/agent/service/www-proxy", `{"Kind":"connect-proxy","ID":"www-proxy","Service":"www-proxy","Port":21000,"Datacenter":"dc1","ContentHash":"2",
 		"Proxy":{"DestinationServiceName":"www","LocalServicePort":8080,"Upstreams":[{"DestinationName":"cache","LocalBindPort":2},{"DestinationName":"db","LocalBindPort":1}]}}`)
-	s = m.until("another upstream", func(s *connect.Snapshot) bool { return len(s.Upstreams) == 2 })
-	require.Same(t, u, s.Upstreams[1], "what did not change is the same pointer")
+	s = m.until("another upstream", func(s *connect.Snapshot) bool { return len(s.Upstreams()) == 2 })
+	require.Same(t, u, s.Upstreams()[1], "what did not change is the same pointer")
 	m.agent.Set("/v1/discovery-chain/db", `{"Chain":{"ServiceName":"db","Protocol":"http","StartNode":"resolver:db","Nodes":{"resolver:db":{"Type":"resolver","Name":"db","Resolver":{"ConnectTimeout":"7s","Target":"t"}}},"Targets":{"t":{"ID":"t","Service":"db","Datacenter":"dc1"}}}}`)
-	m.until("another protocol", func(s *connect.Snapshot) bool { return s.Upstreams[1].Protocol == connect.HTTP })
+	m.until("another protocol", func(s *connect.Snapshot) bool { return s.Upstreams()[1].Protocol() == connect.HTTP })
 	m.ca, err = certs.NewAuthority("22222222-2222-3333-4444-555555555555.consul")
 	require.NoError(t, err)
 	m.leaf()
 	m.roots(m.ca)
 	m.until("another cluster", func(s *connect.Snapshot) bool {
-		return s.Upstreams[1].Target.IDs[0].TrustDomain == m.ca.TrustDomain
+		return target(s, 1).Dial.IDs[0].TrustDomain == m.ca.TrustDomain
 	})
 }
 
@@ -202,7 +211,7 @@ func TestFailStatic(t *testing.T) {
 	m.agent.Set("/v1/health/connect/db", `{"not":"a list"}`)
 	m.agent.Set("/v1/agent/connect/ca/roots", `null`)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"shop","Action":"allow","Precedence":9}]}`)
-	s := m.until("intentions still arrive", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("shop"), nil).Allow })
+	s := m.until("intentions still arrive", func(s *connect.Snapshot) bool { return s.Public().Policy().Decide(m.ca.ID("shop"), nil).Allow })
 	require.True(t, count(2)(s))
 }
 
@@ -224,72 +233,78 @@ func TestRestartedAgentDoesNotEmptyABackend(t *testing.T) {
 	m.endpoints("critical", 1, 2)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"shop","Action":"allow","Precedence":9}]}`)
 	m.agent.Fail(0)
-	s := m.until("the agent is heard again", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("shop"), nil).Allow })
+	s := m.until("the agent is heard again", func(s *connect.Snapshot) bool { return s.Public().Policy().Decide(m.ca.ID("shop"), nil).Allow })
 	require.True(t, count(2)(s))
 	require.Eventually(t, func() bool { return feed().Err == "" }, 10*time.Second, time.Millisecond)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":[{"SourceName":"cart","Action":"allow","Precedence":9}]}`)
-	s = m.until("what came before is applied", func(s *connect.Snapshot) bool { return s.Policy.Decide(m.ca.ID("cart"), nil).Allow })
+	s = m.until("what came before is applied", func(s *connect.Snapshot) bool { return s.Public().Policy().Decide(m.ca.ID("cart"), nil).Allow })
 	require.True(t, count(2)(s))
 	m.endpoints("passing", 2)
 	m.until("what is passing counts at once", count(1))
 }
 
-func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
-	one, other := connect.Endpoint{Name: "one"}, connect.Endpoint{Name: "other"}
-	run := func(name string, f func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint))) {
+// found is the answer of a watch for endpoints.
+func found(list ...connect.Endpoint) instances { return instances{endpoints: list} }
+
+func TestWhatWouldEmptyATargetWaits(t *testing.T) {
+	one, other := connect.Endpoint{Name: "one", Address: "10.0.0.1"}, connect.Endpoint{Name: "other", Address: "10.0.0.2"}
+	type hear = func(...connect.Endpoint)
+	type after = func(time.Duration, ...connect.Endpoint)
+	run := func(name string, f func(w *Source, intentions, roots *Feed, hear hear, after after)) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
-				d := declared{up: connect.Upstream{Name: "db"}, key: "db"}
-				st := &state{answers: map[string]*resolved{"db": {ctx: t.Context()}}}
-				hear := func(list ...connect.Endpoint) { w.retarget(st, d, connect.Target{Service: "db", Endpoints: list}) }
+				w := NewSource(nil, "", slog.New(slog.DiscardHandler))
+				a := &answer{watch: watch{key: "db", void: noInstances, shapes: namedInstances}, ctx: t.Context()}
+				st := &state{answers: map[string]*answer{"db": a}}
+				hear := func(list ...connect.Endpoint) { w.take(st, update{a, found(list...)}) }
 				hear(one)
-				f(w, hear, func(d time.Duration, want ...connect.Endpoint) {
+				f(w, w.feeds.open("intentions"), w.feeds.open("roots"), hear, func(d time.Duration, want ...connect.Endpoint) {
 					time.Sleep(d)
 					synctest.Wait()
 					for len(w.updates) > 0 {
-						(<-w.updates)(st)
+						w.take(st, <-w.updates)
 					}
-					require.Equal(t, want, st.answers["db"].target.Endpoints)
+					require.Equal(t, found(want...), a.value)
 				})
 				time.Sleep(time.Minute) // the last of the waits
 			})
 		})
 	}
 	away, denied := errors.New("connection refused"), api.StatusError{Code: 403}
-	run("not without trouble", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
+	run("not without trouble", func(_ *Source, _, _ *Feed, hear hear, after after) {
 		hear()
 		after(0)
 	})
-	run("not when Consul only says no", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
-		w.feeds.failed("intentions", away)
-		w.feeds.ok("intentions")
+	run("not when Consul only says no", func(w *Source, intentions, _ *Feed, hear hear, after after) {
+		w.feeds.failed(intentions, away)
+		w.feeds.ok(intentions)
 		time.Sleep(restartGrace)
-		w.feeds.failed("intentions", denied)
+		w.feeds.failed(intentions, denied)
 		hear()
 		after(0)
 	})
-	run("from when the last watch was answered again", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
-		w.feeds.failed("intentions", away)
-		w.feeds.failed("roots", away)
+	run("from when the last watch was answered again", func(w *Source, intentions, roots *Feed, hear hear, after after) {
+		w.feeds.failed(intentions, away)
+		w.feeds.failed(roots, away)
 		time.Sleep(time.Hour)
-		w.feeds.ok("roots")
+		w.feeds.ok(roots)
 		time.Sleep(time.Hour)
-		w.feeds.failed("intentions", denied)
+		w.feeds.failed(intentions, denied)
 		time.Sleep(5 * time.Second)
 		hear()
 		after(restartGrace-6*time.Second, one)
 		after(time.Second)
 	})
-	run("a watch that ends in trouble is not waited for", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
-		w.feeds.failed("chain of api", away)
-		w.feeds.drop("chain of api")
+	run("a watch that ends in trouble is not waited for", func(w *Source, _, _ *Feed, hear hear, after after) {
+		chain := w.feeds.open("chain of api")
+		w.feeds.failed(chain, away)
+		w.feeds.drop(chain)
 		time.Sleep(restartGrace)
 		hear()
 		after(0)
 	})
-	run("what is heard meanwhile does not prolong it", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
-		w.feeds.failed("intentions", away)
+	run("what is heard meanwhile does not prolong it", func(w *Source, intentions, _ *Feed, hear hear, after after) {
+		w.feeds.failed(intentions, away)
 		hear()
 		after(10*time.Second, one)
 		hear()
@@ -297,8 +312,8 @@ func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
 		after(time.Second)
 		require.EqualValues(t, 1, w.Held())
 	})
-	run("an endpoint ends it", func(w *Watcher, hear func(...connect.Endpoint), after func(time.Duration, ...connect.Endpoint)) {
-		w.feeds.failed("intentions", away)
+	run("an endpoint ends it", func(w *Source, intentions, _ *Feed, hear hear, after after) {
+		w.feeds.failed(intentions, away)
 		hear()
 		after(time.Second, one)
 		hear(other)
@@ -307,25 +322,63 @@ func TestWhatWouldEmptyAnUpstreamWaits(t *testing.T) {
 	})
 }
 
-func TestOnlyTheTargetsOwnEndpointsAreHeld(t *testing.T) {
+// The last that was heard while an answer is held back is what comes into force.
+func TestTheLastThatWasHeardCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := NewWatcher(nil, "", slog.New(slog.DiscardHandler))
-		d := declared{key: "db"}
-		r := &resolved{ctx: t.Context()}
-		st := &state{answers: map[string]*resolved{"db": r}}
-		target := func(service, dc string, list ...connect.Endpoint) connect.Target {
-			return connect.Target{Service: service, Datacenter: dc, Endpoints: list}
+		w := NewSource(nil, "", slog.New(slog.DiscardHandler))
+		a := &answer{watch: watch{key: "q", void: noInstances}, ctx: t.Context()}
+		st := &state{answers: map[string]*answer{"q": a}}
+		w.feeds.failed(w.feeds.open("intentions"), errors.New("connection refused"))
+		first, last := found(connect.Endpoint{Name: "one"}), instances{dc: "dc2"}
+		w.take(st, update{a, first})
+		w.take(st, update{a, instances{dc: "dc1"}})
+		w.take(st, update{a, last})
+		require.Equal(t, first, a.value)
+		w.take(st, <-w.updates)
+		require.Equal(t, last, a.value)
+		w.take(st, update{a, nil})
+		require.Equal(t, last, a.value, "nothing is held any more")
+	})
+}
+
+// A watch that is not wanted any more changes nothing, and an equal answer neither; another
+// question about the same subject begins with what is known.
+func TestWatchesAreWantedByTheState(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewSource(&Client{}, "", slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		defer s.wg.Wait()
+		defer cancel()
+		st := &state{answers: map[string]*answer{}}
+		asked := map[string]int{}
+		ask := func(key, subject string) watch {
+			return watch{key: key, name: key, subject: subject, every: time.Hour, fetch: func(context.Context, *cursor) (any, error) {
+				asked[key]++
+				return key, nil
+			}}
 		}
-		w.feeds.failed("intentions", errors.New("connection refused"))
-		w.retarget(st, d, target("db", "dc1", connect.Endpoint{Name: "one"}))
-		w.retarget(st, d, target("db", "dc1"))
-		w.retarget(st, d, target("db", "dc2"))
-		require.Equal(t, target("db", "dc1", connect.Endpoint{Name: "one"}), r.target)
-		(<-w.updates)(st)
-		require.Equal(t, target("db", "dc2"), r.target, "the last that was heard")
-		w.retarget(st, d, target("db", "dc1", connect.Endpoint{Name: "one"}))
-		w.retarget(st, d, target("db2", "dc1"))
-		require.Equal(t, target("db2", "dc1"), r.target, "a redirect counts at once")
+		list := []watch{ask("a", "x"), ask("a", "x"), ask("b", "")}
+		wants := func() []watch { return list }
+		s.sync(ctx, st, wants)
+		synctest.Wait()
+		require.Equal(t, map[string]int{"a": 1, "b": 1}, asked, "equal questions are asked once")
+		for len(s.updates) > 0 {
+			s.take(st, <-s.updates)
+		}
+		old, turn := st.answers["a"], st.turn
+		s.take(st, update{old, "a"})
+		require.Equal(t, turn, st.turn, "the same answer is no change")
+		list = []watch{ask("a2", "x")}
+		s.sync(ctx, st, wants)
+		require.Len(t, st.answers, 1)
+		got, ok := heard[string](st, "a2")
+		require.True(t, ok)
+		require.Equal(t, "a", got)
+		synctest.Wait()
+		require.Len(t, s.Feeds(), 1)
+		turn = st.turn
+		s.take(st, update{old, "late"})
+		require.Equal(t, turn, st.turn)
 	})
 }
 
@@ -333,21 +386,22 @@ func TestRestartDoesNotEmptyAQueryEither(t *testing.T) {
 	m := newMesh(t)
 	client, err := NewClient(Config{Addr: m.agent.Addr()})
 	require.NoError(t, err)
-	w := NewWatcher(client, "", slog.New(slog.DiscardHandler))
+	w := NewSource(client, "", slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(t.Context())
 	defer w.wg.Wait()
 	defer cancel()
-	st := &state{answers: map[string]*resolved{"q": {ctx: ctx}}}
+	a := &answer{watch: client.query(&declared{query: true, service: "q"}, "dc1"), ctx: ctx}
+	st := &state{answers: map[string]*answer{a.key: a}}
 	ask := func() int {
-		apply, err := w.fetchQuery(declared{query: true, service: "q", key: "q"})(ctx, &cursor{})
+		v, err := a.fetch(ctx, &cursor{})
 		require.NoError(t, err)
-		apply(st)
-		return len(st.answers["q"].target.Endpoints)
+		w.take(st, update{a, v})
+		return len(a.value.(instances).endpoints)
 	}
 	m.agent.Set("/v1/query/q/execute", `{"Datacenter":"dc1","Nodes":[{"Node":{"Node":"n","Address":"10.0.0.1"},"Service":{"ID":"db1","Service":"db","Port":20001}}]}`)
 	require.Equal(t, 1, ask())
 	m.agent.Set("/v1/query/q/execute", `{"Datacenter":"dc1","Nodes":[]}`)
-	w.feeds.failed("intentions", errors.New("connection refused"))
+	w.feeds.failed(w.feeds.open("intentions"), errors.New("connection refused"))
 	require.Equal(t, 1, ask())
 }
 

@@ -1,4 +1,11 @@
-package haproxy
+// Package selftest proves on the actual binary what the design rests on: that HAProxy, with
+// the configuration that render makes, gives no byte to an impostor and lets nobody in who
+// may not.
+//
+// Invariants: it uses what render makes and nothing else; whatever it starts has ended, and
+// listens on loopback and in its own directory only. It may import connect, certs, intentions,
+// haproxy and haproxy/render; cmd uses it.
+package selftest
 
 import (
 	"bufio"
@@ -17,6 +24,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/haproxy"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
@@ -24,14 +32,14 @@ import (
 // ErrInsecure: this HAProxy does not hold what the design rests on.
 var ErrInsecure = errors.New("self-test failed")
 
-// SelfTest runs the configuration that render makes on the actual binary, against
+// Run runs the configuration that render makes on the actual binary, against
 // servers of a throw-away mesh on loopback, and proves: an impostor with another
 // service's valid certificate reads no byte, its honest twin is served, a caller
 // without a certificate is refused, and so is every caller while no agent answers.
 //
 // dir is an empty run directory of its own. run starts HAProxy with a file and
 // returns when it serves; stop ends it.
-func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(string) error,
+func Run(ctx context.Context, dir string, o render.Options, socketDir func(string) error,
 	run func(ctx context.Context, file string) (stop func(), err error)) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
@@ -42,31 +50,23 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 	defer mesh.close()
 	snap := mesh.snapshot(dir)
 	o.Dir, o.AccessLog = dir, render.LogOff
+	o.AgentTimeout = 50 * time.Millisecond // no agent answers here, and some versions wait for it this long
 	r, err := render.New(o)
 	if err != nil {
 		return err
 	}
-	conf, refused, err := r.Render(snap, "selftest", nil)
+	conf, refused, err := r.Render(snap, nil)
 	if err != nil {
 		return err
 	}
 	if len(refused) > 0 {
 		return refused[0]
 	}
-	// No agent answers here, and some versions wait for it this long.
-	conf.Files[render.SPOEFile] = strings.Replace(conf.Files[render.SPOEFile], "timeout processing 1s", "timeout processing 50ms", 1)
-	m := NewManager(Config{Dir: dir, SocketDir: socketDir})
-	if err := m.write(conf, nil); err != nil {
+	if err := haproxy.WriteFiles(dir, conf, nil, socketDir); err != nil {
 		return err
 	}
-	// A free port would be somebody's connection by the time HAProxy binds it.
-	public := filepath.Join(dir, "public")
-	before, after, found := strings.Cut(conf.Text(), "bind "+nowhere+" ")
-	if !found {
-		return errors.New("self-test: no public listener in its configuration")
-	}
 	file := filepath.Join(dir, render.MainFile)
-	if err := os.WriteFile(file, []byte(before+"bind unix@"+public+" mode 600 "+after), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(conf.Text()), 0o600); err != nil {
 		return err
 	}
 	stop, err := run(ctx, file)
@@ -95,8 +95,8 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 	check("an impostor in http", func() error {
 		return mesh.impostor(ctx, &mesh.http, sock("http-impostor"), request, "HTTP/1.1 5")
 	})
-	check("a caller without a certificate", func() error { return mesh.refused(ctx, public, false) })
-	check("a caller while no agent answers", func() error { return mesh.refused(ctx, public, true) })
+	check("a caller without a certificate", func() error { return mesh.refused(ctx, sock(publicSocket), false) })
+	check("a caller while no agent answers", func() error { return mesh.refused(ctx, sock(publicSocket), true) })
 	wg.Wait()
 	close(errs)
 	return <-errs
@@ -105,8 +105,9 @@ func SelfTest(ctx context.Context, dir string, o render.Options, socketDir func(
 // A POST, which is not repeated: a refusal comes back at once.
 const request = "POST / HTTP/1.1\r\nHost: selftest\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
-// nowhere is the public listener before it becomes a socket.
-const nowhere = "127.0.0.1:1"
+// publicSocket is where callers come: a free port would be somebody's connection by the time
+// HAProxy binds it.
+const publicSocket = "callers"
 
 // throwAway is a mesh of two services, one of which answers in the other's place.
 type throwAway struct {
@@ -211,23 +212,30 @@ func (t *throwAway) close() {
 
 func (t *throwAway) snapshot(dir string) *connect.Snapshot {
 	s := &connect.Snapshot{
-		Proxy: connect.Proxy{ID: "selftest", Service: "selftest", Datacenter: "dc1", TrustDomain: t.ca.TrustDomain},
-		Inbound: connect.Inbound{Address: "127.0.0.1", Port: 1, Protocol: connect.HTTP,
-			Local:               connect.Local{Address: "127.0.0.1", Port: t.addr["http-honest"]},
-			LocalConnectTimeout: time.Second, LocalRequestTimeout: time.Second, LocalIdleTimeout: 5 * time.Second},
-		Leaf: t.leaf, Roots: t.roots, Policy: &intentions.Policy{},
+		Proxy:   connect.Proxy{ID: "selftest", Service: "selftest", Datacenter: "dc1", TrustDomain: t.ca.TrustDomain},
+		Leaves:  map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: t.leaf},
+		Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: t.roots},
 	}
+	bind := func(name string) connect.Bind { return connect.Bind{SocketPath: filepath.Join(dir, name)} }
+	add := func(l *connect.Listener, p connect.Protocol, g *connect.Guard, target *connect.Target) {
+		group := connect.GroupName("to-" + l.Name)
+		l.Branches = []connect.Branch{{Protocol: p, Guard: g, Chain: connect.Direct(group)}}
+		target.Name = connect.TargetName(group)
+		s.Listeners = append(s.Listeners, l)
+		s.Groups = append(s.Groups, &connect.Group{Name: group, Protocol: p, Targets: []connect.TargetName{target.Name}, Connect: 5 * time.Second, Idle: 10 * time.Second})
+		s.Targets = append(s.Targets, target)
+	}
+	add(&connect.Listener{Name: "callers", Role: connect.Public, Bind: bind(publicSocket), Idle: 5 * time.Second}, connect.HTTP,
+		&connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, Policy: &intentions.Policy{}},
+		&connect.Target{Dial: connect.Dial{How: connect.App}, Endpoints: []connect.Endpoint{{Name: "app", Address: "127.0.0.1", Port: t.addr["http-honest"]}}})
 	for _, name := range []string{"http-honest", "http-impostor", "tcp-honest", "tcp-impostor"} {
 		p := connect.TCP
 		if strings.HasPrefix(name, "http") {
 			p = connect.HTTP
 		}
-		s.Upstreams = append(s.Upstreams, &connect.Upstream{
-			Name: name, Protocol: p, ConnectTimeout: 5 * time.Second, IdleTimeout: 10 * time.Second,
-			Listen: connect.Listener{SocketPath: filepath.Join(dir, name), SocketMode: "600"},
-			Target: connect.Target{Name: "to-" + name, Service: "honest", IDs: []certs.SPIFFEID{t.ca.ID("honest")},
-				Endpoints: []connect.Endpoint{{Name: name, Address: "127.0.0.1", Port: t.addr[name], Weight: 1}}},
-		})
+		add(&connect.Listener{Name: name, Role: connect.Local, Bind: bind(name), Idle: 25 * time.Second}, p, nil,
+			&connect.Target{Service: "honest", Dial: connect.Dial{IDs: []certs.SPIFFEID{t.ca.ID("honest")}, Leaf: connect.OwnLeaf, Bundle: connect.OwnBundle},
+				Endpoints: []connect.Endpoint{{Name: name, Address: "127.0.0.1", Port: t.addr[name], Weight: 1}}})
 	}
 	return s
 }

@@ -1,0 +1,138 @@
+package consul
+
+import (
+	"context"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// meshEntry is what this program reads of the config entry "mesh". The zero value is
+// a mesh without one.
+type meshEntry struct {
+	TLS  map[string]any
+	HTTP *struct {
+		SanitizeXForwardedClientCert bool
+		Incoming                     *struct {
+			RequestNormalization *struct {
+				InsecureDisablePathNormalization, MergeSlashes             bool
+				PathWithEscapedSlashesAction, HeadersWithUnderscoresAction string
+			}
+		}
+	}
+}
+
+// mesh is asked for the entry, a meshEntry, in its list form: the single form loses the
+// index while there is none.
+func (c *Client) mesh() watch {
+	return watch{key: "mesh", name: "mesh", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		var list []meshEntry
+		meta, err := c.api.Raw().Query("/v1/config/mesh", &list, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		var entry meshEntry
+		if len(list) > 0 {
+			entry = list[0]
+		}
+		return entry, nil
+	}}
+}
+
+// decode reads the settings that concern callers of HTTP. An unknown action
+// is the strictest one: a request must not pass for want of a word.
+func (m *meshEntry) decode(n *connect.Notices) (out connect.Normalize, sanitize bool) {
+	if len(m.TLS) > 0 {
+		n.Add("mesh", "TLS", "", "minimum versions and ciphers are not supported yet; TLS 1.2 is the minimum")
+	}
+	if m.HTTP == nil {
+		return out, false
+	}
+	sanitize = m.HTTP.SanitizeXForwardedClientCert
+	if m.HTTP.Incoming == nil || m.HTTP.Incoming.RequestNormalization == nil {
+		return out, sanitize
+	}
+	r := m.HTTP.Incoming.RequestNormalization
+	out.KeepPath, out.MergeSlashes = r.InsecureDisablePathNormalization, r.MergeSlashes
+	switch a := connect.EscapedSlashes(r.PathWithEscapedSlashesAction); a {
+	case "", "IMPLEMENTATION_SPECIFIC_DEFAULT", connect.SlashesKeep:
+	case connect.SlashesReject, connect.SlashesRedirect, connect.SlashesForward:
+		out.EscapedSlashes = a
+	default:
+		n.Add("mesh", "PathWithEscapedSlashesAction", string(a), "not known; such requests are rejected")
+		out.EscapedSlashes = connect.SlashesReject
+	}
+	switch a := connect.Underscores(r.HeadersWithUnderscoresAction); a {
+	case "", connect.UnderscoresAllow:
+	case connect.UnderscoresReject, connect.UnderscoresDrop:
+		out.Underscores = a
+	default:
+		n.Add("mesh", "HeadersWithUnderscoresAction", string(a), "not known; such requests are rejected")
+		out.Underscores = connect.UnderscoresReject
+	}
+	return out, sanitize
+}
+
+// tlsMode is asked for MutualTLSMode of one config entry, service-defaults or
+// proxy-defaults: the registration does not carry it. The list form keeps the index
+// while there is no entry.
+func (c *Client) tlsMode(kind, name string) watch {
+	return watch{key: "tls mode\x00" + kind + "\x00" + name, name: kind, shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		list, meta, err := c.api.ConfigEntries().List(kind, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		mode := api.MutualTLSModeDefault
+		for _, e := range list {
+			switch one := e.(type) {
+			case *api.ServiceConfigEntry:
+				if one.Name == name {
+					mode = one.MutualTLSMode
+				}
+			case *api.ProxyConfigEntry:
+				if one.Name == name {
+					mode = one.MutualTLSMode
+				}
+			}
+		}
+		return mode, nil
+	}}
+}
+
+// extensionsEvery is how often the entries are read: they are only named to people, and a
+// blocking query for each would cost a connection.
+const extensionsEvery = time.Minute
+
+// extensions is asked for the EnvoyExtensions of the service and of all proxies; the answer
+// is connect.Notices. Consul does not merge them into the registration, but applies them in
+// its servers (agent/envoyextensions).
+func (c *Client) extensions(service string) watch {
+	return watch{key: "extensions\x00" + service, name: "extensions", every: extensionsEvery, shapes: never, fetch: func(ctx context.Context, _ *cursor) (any, error) {
+		var n connect.Notices
+		q := (&api.QueryOptions{AllowStale: true, UseCache: false}).WithContext(ctx)
+		for _, one := range []struct{ kind, name string }{{api.ServiceDefaults, service}, {api.ProxyDefaults, api.ProxyConfigGlobal}} {
+			entry, _, err := c.api.ConfigEntries().Get(one.kind, one.name, q)
+			if isStatus(err, 404) || isStatus(err, 403) { // there is none, or none for us
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			var list []api.EnvoyExtension
+			switch e := entry.(type) {
+			case *api.ServiceConfigEntry:
+				list = e.EnvoyExtensions
+			case *api.ProxyConfigEntry:
+				list = e.EnvoyExtensions
+			}
+			for _, x := range list {
+				n.Add(one.kind+" "+one.name, "EnvoyExtensions", x.Name, "it is Envoy's own and has no meaning for HAProxy")
+			}
+		}
+		return n, nil
+	}}
+}

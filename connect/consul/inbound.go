@@ -1,0 +1,115 @@
+package consul
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// inbound is the public side of a registration, decoded. Port 0: the service only calls
+// others.
+type inbound struct {
+	bind         connect.Bind
+	protocol     connect.Protocol
+	app          connect.Endpoint
+	connect      time.Duration
+	request      time.Duration // < 0: none
+	idle         time.Duration
+	most         *int // connections; nil: unlimited
+	unsecured    int  // port of a plain listener beside the mesh; 0: none
+	forwardFor   bool
+	callerHeader string
+	expose       []exposed
+	telemetry    connect.Telemetry
+	accessLog    connect.AccessLog
+}
+
+// exposed is one exact path of the application that is open without mutual TLS.
+type exposed struct {
+	path      string
+	app, port int
+	protocol  connect.Protocol
+}
+
+func (in *inbound) unsecuredBind() connect.Bind {
+	return connect.Bind{Address: "0.0.0.0", Port: in.unsecured}
+}
+
+func (in *inbound) exposeBind(port int) connect.Bind {
+	return connect.Bind{Address: in.bind.Address, Port: port}
+}
+
+// binds are what the public side listens on.
+func (in *inbound) binds() []connect.Bind {
+	if in.bind.Port == 0 {
+		return nil
+	}
+	out := []connect.Bind{in.bind}
+	if in.unsecured != 0 {
+		out = append(out, in.unsecuredBind())
+	}
+	for _, e := range in.expose {
+		out = append(out, in.exposeBind(e.port))
+	}
+	return out
+}
+
+// Names of the groups, and of their targets, that are the application.
+const (
+	appGroup        = "local_app"
+	permissiveGroup = "permissive_app"
+)
+
+// add makes the nouns of the public side. permissive lets in plain connections that meant
+// the application's own port.
+func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool) {
+	if in.bind.Port == 0 {
+		return
+	}
+	public := &connect.Listener{Name: "public", Role: connect.Public, Bind: in.bind, Idle: in.idle, MaxConnections: in.most,
+		Branches: []connect.Branch{{Protocol: in.protocol, Guard: guard, Chain: connect.Direct(appGroup)}}}
+	app := &connect.Group{Name: appGroup, Protocol: in.protocol, Connect: in.connect, Idle: in.idle, ForwardFor: in.forwardFor,
+		Limits: connect.Limits{MaxConnections: in.most}}
+	if in.protocol.IsHTTP() {
+		app.Idle = in.request
+	}
+	if permissive {
+		public.Branches = append(public.Branches, connect.Branch{Match: connect.Match{Port: in.app.Port}, Protocol: connect.TCP, Chain: connect.Direct(permissiveGroup)})
+		in.group(to, &connect.Group{Name: permissiveGroup, Protocol: connect.TCP, Connect: in.connect, Idle: in.idle}, in.app)
+	}
+	to.listener(public)
+	in.group(to, app, in.app)
+	if in.unsecured != 0 {
+		to.listener(&connect.Listener{Name: "unsecured", Role: connect.Open, Opened: "unsecured_bind_port", Bind: in.unsecuredBind(),
+			Branches: []connect.Branch{{Protocol: in.protocol, Chain: connect.Direct(appGroup)}}})
+	}
+	in.exposed(to)
+}
+
+// exposed makes a listener for each port, with a route for each path.
+func (in *inbound) exposed(to *nouns) {
+	var chain connect.Chain
+	for i, e := range in.expose {
+		name := fmt.Sprintf("expose_%d", e.port)
+		group := connect.GroupName(fmt.Sprintf("%s_%d_app", name, len(chain.Routes)))
+		route := connect.Direct(group).Routes[0]
+		route.Match.PathExact = e.path
+		chain.Routes = append(chain.Routes, route)
+		app := connect.Endpoint{Name: "app", Address: in.app.Address, Port: e.app, Weight: 1}
+		in.group(to, &connect.Group{Name: group, Protocol: e.protocol, Connect: in.connect}, app)
+		if i+1 < len(in.expose) && in.expose[i+1].port == e.port {
+			continue
+		}
+		to.listener(&connect.Listener{Name: name, Role: connect.Open, Opened: "expose.paths", Bind: in.exposeBind(e.port),
+			Branches: []connect.Branch{{Protocol: connect.HTTP, Chain: chain}}})
+		chain = connect.Chain{}
+	}
+}
+
+// group makes a group of the application, and its target of the same name.
+func (in *inbound) group(to *nouns, g *connect.Group, app connect.Endpoint) {
+	g.Targets = []connect.TargetName{connect.TargetName(g.Name)}
+	to.group(g)
+	to.target(&connect.Target{Name: g.Targets[0], Dial: connect.Dial{How: connect.App}, Endpoints: []connect.Endpoint{app}})
+}

@@ -1,0 +1,171 @@
+package connect
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/intentions"
+)
+
+// Role is how a listener treats whoever connects.
+type Role int
+
+// The roles. The zero Role is none.
+const (
+	Public Role = iota + 1 // mutual TLS and intentions: callers of the mesh
+	Open                   // plain on purpose: no TLS, no intentions
+	Local                  // the application, which calls an upstream
+)
+
+// Callers reports whether it is others who connect, and not our own application.
+func (r Role) Callers() bool { return r == Public || r == Open }
+
+func (r Role) String() string {
+	switch r {
+	case Public:
+		return "public"
+	case Open:
+		return "open"
+	case Local:
+		return "local"
+	}
+	return "none"
+}
+
+// Listener is where somebody connects.
+type Listener struct {
+	Name string // fit for any name in HAProxy; of an upstream's listener the upstream's
+	Role Role
+	// Opened is the setting that makes a listener Open, in the words of its documentation.
+	Opened string
+	Bind   Bind
+	Idle   time.Duration // silence that ends a connection; 0: the default of every listener
+	// MaxConnections refuses at once what would be more; nil is unlimited.
+	MaxConnections *int
+	Branches       []Branch // the first that matches
+}
+
+// Bind is an address that is listened on: SocketPath, if set, wins.
+type Bind struct {
+	Address    string
+	Port       int
+	SocketPath string
+	SocketMode string // octal, "" for the default 0600
+}
+
+// String is the address or the path, for people.
+func (b Bind) String() string {
+	if b.SocketPath != "" {
+		return b.SocketPath
+	}
+	return b.Address + ":" + strconv.Itoa(b.Port)
+}
+
+// Clashes reports whether both cannot be listened on at the same time.
+func (b Bind) Clashes(o Bind) bool {
+	if b.SocketPath != "" || o.SocketPath != "" {
+		return b.SocketPath == o.SocketPath
+	}
+	anywhere := func(a string) bool { return a == "0.0.0.0" || a == "::" }
+	return b.Port == o.Port && (b.Address == o.Address || anywhere(b.Address) || anywhere(o.Address))
+}
+
+// Branch is one way through a listener.
+type Branch struct {
+	Match    Match
+	Protocol Protocol
+	Guard    *Guard // nil: whoever connects is let in
+	Chain    Chain
+}
+
+// Match says which connections take a branch. The zero value is all of them.
+type Match struct {
+	// Port that the caller meant, before its connection was redirected to the listener.
+	Port int
+}
+
+// Guard says who we are at a branch, and who may come in.
+type Guard struct {
+	Leaf         LeafName
+	Callers      BundleName
+	Policy       *intentions.Policy
+	Normalize    Normalize
+	SanitizeXFCC bool   // remove X-Forwarded-Client-Cert instead of setting it
+	CallerHeader string // request header that receives the caller's service name
+}
+
+// Normalize is what happens to a request before intentions look at it and the
+// application receives it (Consul's mesh.HTTP.Incoming.RequestNormalization). The
+// zero value is Consul's default.
+type Normalize struct {
+	KeepPath       bool // InsecureDisablePathNormalization
+	MergeSlashes   bool
+	EscapedSlashes EscapedSlashes // "" keeps them
+	Underscores    Underscores    // "" allows them
+}
+
+// EscapedSlashes says what becomes of %2F and %5C in a path.
+type EscapedSlashes string
+
+// Underscores says what becomes of headers with an underscore in their name.
+type Underscores string
+
+// The choices, as Consul spells them.
+const (
+	SlashesReject   EscapedSlashes = "REJECT_REQUEST"
+	SlashesRedirect EscapedSlashes = "UNESCAPE_AND_REDIRECT"
+	SlashesForward  EscapedSlashes = "UNESCAPE_AND_FORWARD"
+	SlashesKeep     EscapedSlashes = "KEEP_UNCHANGED"
+
+	UnderscoresReject Underscores = "REJECT_REQUEST"
+	UnderscoresDrop   Underscores = "DROP_HEADER"
+	UnderscoresAllow  Underscores = "ALLOW"
+)
+
+// LeadsTo reports whether any way through the listener leads to a group.
+func (l *Listener) LeadsTo(g GroupName) (leads bool) {
+	for i := range l.Branches {
+		l.Branches[i].Chain.Groups(func(name GroupName) { leads = leads || name == g })
+	}
+	return leads
+}
+
+// Protocol of the first branch: what most of those who connect speak.
+func (l *Listener) Protocol() Protocol { return l.Branches[0].Protocol }
+
+// Guard of the first branch, or nil.
+func (l *Listener) Guard() *Guard { return l.Branches[0].Guard }
+
+// Policy is what decides who may come in; nil: the listener asks nobody.
+func (l *Listener) Policy() *intentions.Policy {
+	if l == nil || l.Guard() == nil {
+		return nil
+	}
+	return l.Guard().Policy
+}
+
+// Warnings say where callers are let in without mutual TLS and intentions.
+func (l *Listener) Warnings() (out []string) {
+	const anybody = ": no TLS, no intentions, anybody who reaches it is let in"
+	for _, b := range l.Branches {
+		switch {
+		case !l.Role.Callers() || b.Guard != nil:
+		case l.Role == Public:
+			out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", b.Match.Port, anybody))
+		default:
+			all := false
+			for _, r := range b.Chain.Routes {
+				if r.Match.PathExact != "" {
+					out = append(out, fmt.Sprintf("path %s is exposed on port %d%s", quote(r.Match.PathExact), l.Bind.Port, anybody))
+				} else {
+					all = true
+				}
+			}
+			if all {
+				out = append(out, fmt.Sprintf("%s is open, port %d%s", l.Opened, l.Bind.Port, anybody))
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,50 @@
+package connect
+
+import "github.com/haproxy-connect/haproxy-connect/certs"
+
+// TargetName names a target of the Snapshot.
+type TargetName string
+
+// Target is who may answer, and where.
+type Target struct {
+	Name       TargetName
+	Service    string // or the prepared query's name
+	Datacenter string
+	Dial       Dial
+	Endpoints  []Endpoint // healthy ones; sorted by Name
+}
+
+// Dial is how a target is reached.
+type Dial struct {
+	How    How
+	IDs    []certs.SPIFFEID // Mesh: whoever answers must be one of these; sorted; none: nobody
+	Bundle BundleName       // Mesh: whoever answers must be certified by it
+	Leaf   LeafName         // Mesh: who we are
+}
+
+// How a target is reached. The zero value is Mesh.
+type How int
+
+// The ways.
+const (
+	Mesh How = iota // mutual TLS
+	App             // our own application, plain
+)
+
+func (h How) String() string {
+	if h == App {
+		return "app"
+	}
+	return "mesh"
+}
+
+// Endpoint is one instance that may be called.
+type Endpoint struct {
+	Name       string // after node and instance; unique for this address in its target
+	Node       string
+	ID         string // service instance
+	Address    string // IP
+	Port       int
+	SocketPath string // App: wins over address and port
+	Weight     int    // 1 to 128
+}

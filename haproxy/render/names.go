@@ -1,0 +1,142 @@
+package render
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// Every name of a section, a file, a socket and a map is spelled in this file and nowhere
+// else.
+
+// Kind is the keyword that a section begins with.
+type Kind string
+
+// The kinds.
+const (
+	Global   Kind = "global"
+	Defaults Kind = "defaults"
+	Frontend Kind = "frontend"
+	Backend  Kind = "backend"
+)
+
+// Names of sections that are of no listener. HAProxy 2.6 heeds abortonclose only where a
+// frontend inherits it, and it must not be where TCP connections may be half closed: hence
+// two defaults.
+const (
+	allDefaults, httpDefaults = "mesh", "mesh_http"
+	adminFrontend             = "admin"
+	authzBackend              = "authz"
+)
+
+// Names of sections of the public listener. The door is before it where mutual TLS is
+// permissive, and tells TLS from the rest.
+const (
+	publicFrontend = "public"
+	door           = "permissive"
+	doorToTLS      = "permissive_tls"
+)
+
+// frontendName is that of a listener. An upstream may have the name of another listener.
+func frontendName(l *connect.Listener) string {
+	if l.Role == connect.Local {
+		return "up_" + l.Name
+	}
+	return l.Name
+}
+
+// backendName is that of one target of a group, which is in it at this place.
+func backendName(g *connect.Group, place int) string {
+	if place == 0 {
+		return string(g.Name)
+	}
+	return fmt.Sprintf("%s.or.%s", g.Name, g.Targets[place])
+}
+
+// Guarded reports whether a session of this frontend and backend is of a caller who must be
+// let in: at the public listener, or on its way there through the door.
+func Guarded(frontend, backend string) bool {
+	return frontend == publicFrontend || frontend == door && backend == doorToTLS
+}
+
+// Paths under the run directory.
+const (
+	MainFile     = "haproxy.cfg"
+	SPOEFile     = "spoe.cfg"
+	LeafList     = "tls/leaf.list"
+	PolicyMap    = "maps/policy.map"
+	PolicyKey    = "generation"
+	DrainingKey  = "draining" // in PolicyMap while we stop
+	StatsSocket  = "sock/stats"
+	AdminSocket  = "sock/admin"
+	AuthzSocket  = "sock/authz"
+	publicSocket = "sock/public" // of the public frontend behind the door
+	MasterSocket = "sock/master" // made by the process, not by the configuration
+	slotDir      = "sock/"
+)
+
+// LeafFile is the path of a leaf certificate and its key.
+func LeafFile(n connect.LeafName) string { return "tls/" + connect.SafeName(string(n)) + ".pem" }
+
+// BundleFile is the path of a bundle of roots.
+func BundleFile(n connect.BundleName) string { return "tls/" + connect.SafeName(string(n)) + ".pem" }
+
+// Class is what connectors are alike in. Each class has its own sockets.
+type Class struct {
+	ALPN    string // protocol that is offered; "" none
+	Timeout time.Duration
+	Leaf    connect.LeafName
+	Bundle  connect.BundleName
+}
+
+// Name of the class, fit for a file and a section.
+func (c Class) Name() string {
+	kind := "t"
+	switch c.ALPN {
+	case "h2":
+		kind = "h2"
+	case "http/1.1":
+		kind = "h1"
+	}
+	name := fmt.Sprintf("%s-%d", kind, c.Timeout.Milliseconds())
+	if c.Leaf != connect.OwnLeaf || c.Bundle != connect.OwnBundle {
+		name += "-" + connect.Digest(string(c.Leaf)+"\x00"+string(c.Bundle))
+	}
+	return name
+}
+
+// parseClass reads a name of our own leaf and bundle; ok is false for every other one.
+func parseClass(name string) (c Class, ok bool) {
+	kind, timeout, _ := strings.Cut(name, "-")
+	n, err := strconv.Atoi(timeout)
+	c = Class{Timeout: time.Duration(n) * time.Millisecond, Leaf: connect.OwnLeaf, Bundle: connect.OwnBundle}
+	switch kind {
+	case "h2":
+		c.ALPN = "h2"
+	case "h1":
+		c.ALPN = "http/1.1"
+	}
+	return c, err == nil && c.Name() == name
+}
+
+// SlotMapFile is the path of the map of a class, by its name.
+func SlotMapFile(class string) string { return "maps/" + class + ".map" }
+
+// SlotDir is the directory of the sockets of a class, by its name.
+func SlotDir(class string) string { return slotDir + class }
+
+// SlotSocket is the path of one slot's socket.
+func SlotSocket(s Slot) string { return fmt.Sprintf("%s/%d", SlotDir(s.Class), s.ID) }
+
+// slotID keeps socket IDs clear of those HAProxy numbers itself.
+func slotID(n int) int { return 1000 + n }
+
+// Key is a slot's key in the map of its class.
+func (s Slot) Key() string { return strconv.Itoa(slotID(s.ID)) }
+
+// Names of the sections of a class's connectors.
+func connectorFrontend(class string) string { return "connect_" + class }
+func connectorBackend(class string) string  { return "tls_" + class }
