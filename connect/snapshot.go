@@ -13,6 +13,7 @@ package connect
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -71,6 +72,13 @@ type Snapshot struct {
 	AccessLog AccessLog // of every listener
 	Telemetry Telemetry
 	Notices   []Notice // sorted
+}
+
+// Same reports whether two snapshots are made of the same nouns.
+func (s *Snapshot) Same(o *Snapshot) bool {
+	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry &&
+		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Groups, o.Groups) && slices.Equal(s.Targets, o.Targets) &&
+		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && slices.Equal(s.Notices, o.Notices)
 }
 
 // Leaf is the proxy's own.

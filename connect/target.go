@@ -9,6 +9,7 @@ type TargetName string
 type Target struct {
 	Name       TargetName
 	Service    string // or the prepared query's name
+	Subset     string // "": the service as a whole
 	Datacenter string
 	Dial       Dial
 	Endpoints  []Endpoint // healthy ones; sorted by Name

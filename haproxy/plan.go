@@ -246,10 +246,10 @@ func (p *Plan) maps(running, want *render.Config) {
 		was, is := now.Entries, next.Entries
 		for len(was)+len(is) > 0 {
 			switch {
-			case len(was) == 0 || len(is) > 0 && is[0].Before(was[0]):
+			case len(was) == 0 || len(is) > 0 && is[0].Compare(was[0]) < 0:
 				set(is[0], true)
 				is = is[1:]
-			case len(is) == 0 || was[0].Before(is[0]):
+			case len(is) == 0 || was[0].Compare(is[0]) < 0:
 				p.Commands = append(p.Commands, Command{Kind: RemoveEntry, File: file, Key: was[0].Key})
 				was = was[1:]
 			default:

@@ -18,10 +18,18 @@ var Spiffe string
 //go:embed deny.lua
 var Deny string
 
+// Routes has what conditions and time limits of routes need.
+//
+//go:embed routes.lua
+var Routes string
+
 // Names shared by the script and the rendered configuration.
 const (
 	DenyFile      = "deny.lua"
 	DenyService   = "lua.deny"
+	RoutesFile    = "routes.lua"
+	Joined        = "joined"    // of Routes: a sample, a header's lines joined
+	TotalFilter   = "lua.total" // of Routes
 	SpiffeFile    = "spiffe.lua"
 	SpiffeFilter  = "lua.spiffe"
 	SpiffeSlot    = "slot"             // argument: expected IDs are in SpiffeIDsVar

@@ -1,89 +1,170 @@
 package consul
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/hashicorp/consul/api"
-
-	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// chain is asked for the compiled discovery chain of an upstream; the answer is
-// *api.CompiledDiscoveryChain.
+// chain is a compiled discovery chain as Consul sends it (agent/structs, discovery_chain.go):
+// the library's type leaves fields out.
+type chain struct {
+	Protocol  string
+	StartNode string
+	Nodes     map[string]*chainNode
+	Targets   map[string]*chainTarget
+}
+
+type chainNode struct {
+	Type         string
+	Name         string
+	Routes       []chainRoute
+	Splits       []chainSplit
+	Resolver     *chainResolver
+	LoadBalancer *loadBalancer
+}
+
+type chainRoute struct {
+	Definition *struct {
+		Match *struct {
+			HTTP *routeMatch
+		}
+		Destination *routeDestination
+	}
+	NextNode string
+}
+
+type routeMatch struct {
+	PathExact, PathPrefix, PathRegex string
+	CaseInsensitive                  bool
+	Methods                          []string
+	Header                           []struct {
+		Name                                   string
+		Present                                bool
+		Exact, Prefix, Suffix, Contains, Regex string
+		Invert                                 bool
+	}
+	QueryParam []struct {
+		Name         string
+		Present      bool
+		Exact, Regex string
+	}
+}
+
+type routeDestination struct {
+	PrefixRewrite               string
+	RequestTimeout, IdleTimeout span
+	NumRetries                  uint32
+	RetryOnConnectFailure       bool
+	RetryOnStatusCodes          []uint32
+	RetryOn                     []string
+	RequestHeaders              *api.HTTPHeaderModifiers
+	ResponseHeaders             *api.HTTPHeaderModifiers
+}
+
+type chainSplit struct {
+	Definition *struct {
+		RequestHeaders  *api.HTTPHeaderModifiers
+		ResponseHeaders *api.HTTPHeaderModifiers
+	}
+	Weight   float64
+	NextNode string
+}
+
+type chainResolver struct {
+	ConnectTimeout, RequestTimeout span
+	Target                         string
+	Failover                       *struct{ Targets []string }
+}
+
+type chainTarget struct {
+	Service, ServiceSubset, Datacenter, Peer string
+	Subset                                   struct {
+		Filter      string
+		OnlyPassing bool
+	}
+}
+
+type loadBalancer struct {
+	Policy             string
+	LeastRequestConfig *struct{ ChoiceCount int }
+	HashPolicies       []struct {
+		Field, FieldValue string
+		CookieConfig      *struct {
+			Session bool
+			TTL     span
+			Path    string
+		}
+		SourceIP, Terminal bool
+	}
+}
+
+// span is a duration, which Consul writes as text in some places and as nanoseconds in
+// others.
+type span time.Duration
+
+func (s *span) UnmarshalJSON(b []byte) error {
+	var v any
+	if err := json.Unmarshal(b, &v); err != nil {
+		return err
+	}
+	switch v := v.(type) {
+	case nil:
+	case float64:
+		*s = span(v)
+	case string:
+		if v == "" {
+			return nil
+		}
+		d, err := time.ParseDuration(v)
+		*s = span(d)
+		return err
+	default:
+		return fmt.Errorf("%s is no duration", b)
+	}
+	return nil
+}
+
+// within is the duration, where it is one that HAProxy's timers can hold; else 0.
+func (s span) within() time.Duration {
+	if d := time.Duration(s); d >= -maxDuration && d <= maxDuration {
+		return d
+	}
+	return 0
+}
+
+// chain is asked for the compiled discovery chain of an upstream, with what the upstream
+// itself says in the question; the answer is *chain.
 func (c *Client) chain(d *declared) watch {
-	return watch{key: "chain\x00" + d.service + "\x00" + d.dc, name: "chain of " + destination{service: d.service, dc: d.dc, other: d.other}.said(),
+	opts := &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc, OverrideProtocol: string(d.protocol), OverrideConnectTimeout: d.connect}
+	about := "chain\x00" + d.service + "\x00" + d.dc
+	name := "chain of " + destination{service: d.service, dc: d.dc, other: d.other}.said()
+	if d.protocol != "" {
+		name += " as " + string(d.protocol)
+	}
+	if d.connect > 0 {
+		name += " in " + d.connect.String()
+	}
+	return watch{key: fmt.Sprintf("%s\x00%s\x00%s", about, d.protocol, d.connect), name: name,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
-			got, meta, err := c.api.DiscoveryChain().Get(d.service, &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc}, cur.cached(ctx))
+			var body bytes.Buffer
+			got, meta, err := c.api.DiscoveryChain().Get(d.service, opts, cur.cached(context.WithValue(ctx, bodyKey{}, &body)))
 			if err != nil {
 				return nil, err
 			}
 			if got == nil || got.Chain == nil {
 				return nil, errors.New("empty discovery chain")
 			}
-			cur.advance(meta)
-			return got.Chain, nil
-		}}
-}
-
-// resolved is what a chain leads to.
-type resolved struct {
-	to       destination
-	protocol connect.Protocol
-	connect  time.Duration
-	notices  connect.Notices
-}
-
-// resolve walks to the one destination that everything goes to, and says what it left out.
-func (d *declared) resolve(chain *api.CompiledDiscoveryChain, own string) resolved {
-	r := resolved{to: destination{service: d.service, dc: d.dc, other: d.other}, connect: defaultConnect}
-	r.protocol, _ = connect.ParseProtocol(chain.Protocol)
-	node := chain.Nodes[chain.StartNode]
-	for range len(chain.Nodes) + 1 {
-		if node == nil || node.Type == api.DiscoveryGraphNodeTypeResolver {
-			break
-		}
-		node = chain.Nodes[d.onward(node, &r.notices)]
-	}
-	if node == nil || node.Resolver == nil {
-		return r
-	}
-	if t := node.Resolver.ConnectTimeout; t > 0 && t <= maxDuration {
-		r.connect = t
-	}
-	if node.Resolver.Failover != nil {
-		r.notices.Add(d.where, "service-resolver failover", d.service, "failover is not supported yet")
-	}
-	if t := chain.Targets[node.Resolver.Target]; t != nil {
-		r.to = destination{service: t.Service, dc: t.Datacenter, other: t.Datacenter != own, subset: t.ServiceSubset, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing}
-	}
-	if node.LoadBalancer != nil && node.LoadBalancer.Policy != "" {
-		r.notices.Add(d.where, "service-resolver load_balancer", node.LoadBalancer.Policy, "the policy is not supported yet; requests are balanced by weight")
-	}
-	return r
-}
-
-// onward is the node that a router or a splitter leads to.
-func (d *declared) onward(node *api.DiscoveryGraphNode, n *connect.Notices) (next string) {
-	switch node.Type {
-	case api.DiscoveryGraphNodeTypeRouter:
-		if len(node.Routes) > 1 {
-			n.Add(d.where, "service-router", d.service, "routes are not supported yet; everything takes the last, default route")
-		}
-		if last := len(node.Routes) - 1; last >= 0 {
-			return node.Routes[last].NextNode
-		}
-	case api.DiscoveryGraphNodeTypeSplitter:
-		if len(node.Splits) > 1 {
-			n.Add(d.where, "service-splitter", d.service, "splits are not supported yet; everything takes the heaviest leg")
-		}
-		heaviest := float32(-1)
-		for _, s := range node.Splits {
-			if s.Weight > heaviest {
-				heaviest, next = s.Weight, s.NextNode
+			var whole struct{ Chain *chain }
+			if err := json.Unmarshal(body.Bytes(), &whole); err != nil {
+				return nil, fmt.Errorf("discovery chain of %s: %w", d.service, err)
 			}
-		}
-	}
-	return next
+			cur.advance(meta)
+			return whole.Chain, nil
+		}}
 }

@@ -11,9 +11,11 @@
 package consul
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -123,6 +125,10 @@ type queryKey struct{}
 // headerKey carries a *http.Header, which receives that of the answer.
 type headerKey struct{}
 
+// bodyKey carries a *bytes.Buffer, which receives the body of the answer as it is read: for
+// calls that the library can only make with its own types.
+type bodyKey struct{}
+
 func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 	if q, ok := r.Context().Value(queryKey{}).(url.Values); ok {
 		r = r.Clone(r.Context())
@@ -138,6 +144,13 @@ func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 		if res.Request != nil && res.Request.Header.Get("X-Consul-Token") != "" {
 			to.Set("X-Haproxy-Connect-Token", "yes") // ours, for hidden
 		}
+	}
+	if to, ok := r.Context().Value(bodyKey{}).(*bytes.Buffer); ok && err == nil {
+		to.Reset()
+		res.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.TeeReader(res.Body, to), res.Body}
 	}
 	return res, err
 }

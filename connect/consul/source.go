@@ -81,6 +81,7 @@ func (s *Source) Run(ctx context.Context, publish func(*connect.Snapshot)) error
 		return out
 	}
 	s.sync(ctx, st, wants)
+	var last *connect.Snapshot
 	var grace <-chan time.Time // not nil while it runs
 	first := true
 	again := time.NewTimer(time.Hour)
@@ -120,8 +121,10 @@ func (s *Source) Run(ctx context.Context, publish func(*connect.Snapshot)) error
 				grace = time.After(firstGrace)
 			}
 		default:
-			first, st.dirty = false, false
-			publish(snap)
+			if first, st.dirty = false, false; !snap.Same(last) {
+				last = snap
+				publish(snap)
+			}
 		}
 	}
 }

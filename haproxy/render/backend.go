@@ -1,6 +1,8 @@
 package render
 
 import (
+	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"slices"
@@ -10,12 +12,14 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
 // pool is the backend of one target of a group.
 type pool struct {
 	group    *connect.Group
 	target   *connect.Target
+	variant  variant
 	at       struct{ group, target int } // where they stood in the snapshot
 	head     *Section                    // without its servers
 	class    *Class                      // of their slots; nil: they need none
@@ -40,8 +44,8 @@ func (p *pool) follow(s *connect.Snapshot) bool {
 
 // pool renders the backend of the target that has a place in a group; often only endpoints
 // have changed. fresh are those of this snapshot.
-func (f *file) pool(g *connect.Group, place int, fresh map[string]*pool) (*pool, error) {
-	name := backendName(g, place)
+func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
+	g, name := w.group, w.backend(place)
 	if p := fresh[name]; p != nil {
 		return p, nil
 	}
@@ -50,13 +54,13 @@ func (f *file) pool(g *connect.Group, place int, fresh map[string]*pool) (*pool,
 		return nil, fmt.Errorf("there is no target %.80q", g.Targets[place])
 	}
 	old := f.old.byName().pools[name]
-	if old != nil && old.group == g && old.target == t {
+	if old != nil && old.group == g && old.target == t && old.variant.key() == w.key() {
 		return old, nil
 	}
 	if _, err := word("target name", name); err != nil {
 		return nil, err
 	}
-	p := &pool{group: g, target: t}
+	p := &pool{group: g, target: t, variant: w.variant}
 	p.at.group = slices.Index(f.snap.Groups, g)
 	p.at.target = slices.Index(f.snap.Targets, t)
 	b := section(Backend, name)
@@ -156,15 +160,10 @@ func (f *file) mesh(b *builder, p *pool) error {
 		b.add("timeout tunnel %s", ms(g.Idle))
 	}
 	b.add("timeout connect %s", ms(g.Connect)).add("timeout server %s", ms(g.Idle))
-	b.add("balance roundrobin")
+	balance(b, &g.Balance)
 	switch class := classOf(g, t); {
 	case http:
-		b.add("timeout queue %s", ms(min(g.Idle, defaultQueue)))
-		b.add("http-reuse always")
-		b.add("retry-on conn-failure empty-response")
-		// A request that may not be repeated is not: the server may have begun it.
-		b.add("http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }")
-		f.uploads(b, g.Idle)
+		f.requestsTo(b, p)
 		p.class = &class
 	case f.Originator == Lua:
 		guard(b, idList(t.Dial.IDs))
@@ -179,8 +178,143 @@ func (f *file) mesh(b *builder, p *pool) error {
 	return nil
 }
 
-// limit refuses what is over a group's limits at once, as Envoy does.
-func limit(b *builder, g *connect.Group) {
+// requestsTo is what a backend of the mesh does with requests.
+func (f *file) requestsTo(b *builder, p *pool) {
+	g, v := p.group, &p.variant
+	b.add("timeout queue %s", ms(min(g.Idle, defaultQueue)))
+	b.add("http-reuse always")
+	if v.total {
+		b.add("filter %s", lua.TotalFilter)
+	}
+	if v.limit {
+		limit(b, g, "be_conn")
+	}
+	hashKey(b, &g.Balance)
+	retries(b, v.retry, g.Protocol)
+	if v.timed {
+		b.add("http-request set-timeout server var(txn.silence) if { var(txn.silence) -m found }")
+	}
+	f.uploads(b, g.Idle)
+}
+
+// notRepeated keeps requests from being sent again that may not be: the server may have
+// begun them.
+const notRepeated = "http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }"
+
+// retries says when a request is tried at another endpoint. That nobody could be connected
+// to and that a connection was closed look the same here: only what may be repeated is. A
+// route that asks for more repeats every request, as with Envoy, whose body has come within
+// a second and fits a buffer.
+func retries(b *builder, r *connect.Retry, p connect.Protocol) {
+	if r == nil {
+		b.add("retry-on conn-failure empty-response")
+		b.add(notRepeated)
+		return
+	}
+	on := []string{"conn-failure", "empty-response"}
+	every := len(r.Codes) > 0
+	for _, c := range r.Conditions {
+		switch c {
+		case "reset", "refused-stream":
+			on, every = append(on, "junk-response"), true
+		case "gateway-error":
+			on, every = append(on, "junk-response", "502", "503", "504"), true
+		case "5xx":
+			on, every = append(on, "junk-response", "500", "501", "502", "503", "504", "response-timeout"), true
+		}
+	}
+	for _, code := range r.Codes {
+		on = append(on, strconv.Itoa(code))
+	}
+	slices.Sort(on)
+	b.add("retries %d", r.Tries)
+	b.add("retry-on %s", strings.Join(slices.Compact(on), " "))
+	switch {
+	case !every:
+		b.add(notRepeated)
+	case p != connect.GRPC: // a stream of gRPC may have no end
+		b.add("http-request wait-for-body time 1s unless METH_GET || METH_HEAD")
+	}
+}
+
+// balance says how endpoints are chosen. HAProxy's hash-key is not used: it ends the process
+// where servers are unix sockets.
+func balance(b *builder, how *connect.Balance) {
+	switch how.Policy {
+	case connect.LeastRequest:
+		b.add("balance random(%d)", max(how.Choices, 2))
+	case connect.Random:
+		b.add("balance random(1)")
+	case connect.Hash:
+		b.add("balance hash var(txn.hk)").add("hash-type consistent wt6 avalanche")
+	default:
+		b.add("balance roundrobin")
+	}
+}
+
+// hashKey puts together what is hashed. Without any part endpoints are taken in turn.
+func hashKey(b *builder, how *connect.Balance) {
+	if how.Policy != connect.Hash {
+		return
+	}
+	for i := range how.Hash {
+		p := &how.Hash[i]
+		part, done := fmt.Sprintf("txn.p%d", i), ""
+		if i > 0 {
+			done = " unless { var(txn.hashed) -m found }"
+		}
+		switch {
+		case p.SourceIP:
+			b.add("http-request set-var(%s) src%s", part, done)
+		case p.Query != "":
+			b.add("http-request set-var(%s) url_param(%s)%s", part, b.check("query parameter", p.Query), done)
+		case p.Cookie != "":
+			cookie(b, p, part, done)
+		default:
+			name := b.check("header", p.Header)
+			b.add("http-request set-var(%s) req.fhdr(%s)%s", part, name, done)
+		}
+		if i == 0 {
+			b.add("http-request set-var(txn.hk) var(%s) if { var(%s) -m found }", part, part)
+		} else {
+			b.add("http-request set-var(txn.hk) var(txn.hk),concat(|,%s) if { var(%s) -m found } { var(txn.hk) -m found }", part, part)
+			b.add("http-request set-var(txn.hk) var(%s) if { var(%s) -m found } !{ var(txn.hk) -m found }", part, part)
+		}
+		if p.Terminal {
+			b.add("http-request set-var(txn.hashed) bool(true) if { var(txn.hk) -m found }")
+		}
+	}
+}
+
+// cookie hashes by a cookie, and makes one for who has none if the policy says so.
+func cookie(b *builder, p *connect.HashPolicy, part, done string) {
+	name := b.check("cookie", p.Cookie)
+	b.add("http-request set-var(%s) req.cook(%s)%s", part, name, done)
+	b.add("http-request unset-var(%s) if { var(%s) -m len 0 }", part, part)
+	if !p.Generate {
+		return
+	}
+	made := strings.Replace(part, "txn.p", "txn.made", 1)
+	when := fmt.Sprintf(" if !{ var(%s) -m found }", part)
+	if done != "" {
+		when += " !{ var(txn.hashed) -m found }"
+	}
+	b.add("http-request set-var(%s) uuid()%s", made, when)
+	b.add("http-request set-var(%s) var(%s) if { var(%s) -m found }", part, made, made)
+	rest := ""
+	if p.TTL > 0 {
+		rest += fmt.Sprintf("; Max-Age=%d", max(int(p.TTL.Seconds()), 1))
+	}
+	if p.Path != "" {
+		rest += "; Path=" + b.check("cookie's path", p.Path)
+	}
+	// Without quotes, which HAProxy would take for a part of the value.
+	b.add("%s", fmt.Sprintf(`http-response add-header set-cookie "%s=%%[var(%s)]%s; HttpOnly" if { var(%s) -m found }`, name, made, rest, made))
+}
+
+// limit refuses what is over a group's limits at once, as Envoy does. used counts the
+// requests under way.
+func limit(b *builder, g *connect.Group, used string) {
 	l := g.Limits
 	most := or(l.MaxConcurrentRequests, -1)
 	if (l.MaxConnections != nil || l.MaxPendingRequests != nil) && !g.Protocol.IsHTTP2() {
@@ -190,8 +324,12 @@ func limit(b *builder, g *connect.Group) {
 			most = n
 		}
 	}
+	over := "ge"
+	if used == "be_conn" { // of the backend itself, which counts this request already
+		over = "gt"
+	}
 	if most >= 0 {
-		b.add(`http-request return status 503 content-type text/plain string "upstream limit reached" hdr x-envoy-overloaded true if { be_conn(%s) ge %d }`, g.Name, most)
+		b.add(`http-request return status 503 content-type text/plain string "upstream limit reached" hdr x-envoy-overloaded true if { %s %s %d }`, used, over, most)
 	}
 }
 
@@ -284,6 +422,7 @@ func (f *file) servers(p *pool, ids []int) *Section {
 	sec := *p.head
 	sec.Servers = make([]Server, 0, len(t.Endpoints))
 	seen := make(map[string]bool, len(t.Endpoints))
+	ids20 := hashIDs(g, t)
 	for i := range t.Endpoints {
 		e := &t.Endpoints[i]
 		s := Server{Name: e.Name, Weight: min(max(e.Weight, 1), 256), MaxConn: maxConn(g, t)}
@@ -296,6 +435,10 @@ func (f *file) servers(p *pool, ids []int) *Section {
 		} else {
 			s.Address = net.JoinHostPort(e.Address, strconv.Itoa(e.Port))
 			s.Options = f.tlsOptions(Class{Leaf: t.Dial.Leaf, Bundle: t.Dial.Bundle})
+		}
+		if ids20 != nil {
+			s.Options += " id " + strconv.Itoa(ids20[i])
+			s.Weight = min(16*s.Weight, 256) // so many points in the ring
 		}
 		// A name must never stand for two things while an old server drains.
 		what := s.Address + s.Options
@@ -312,4 +455,25 @@ func (f *file) servers(p *pool, ids []int) *Section {
 	}
 	sec.text = sec.assemble()
 	return &sec
+}
+
+// hashIDs are the numbers by which servers have their place in a ring: from the address, so
+// that every sidecar places them alike. HAProxy takes 20 bits. nil: nothing is hashed.
+func hashIDs(g *connect.Group, t *connect.Target) []int {
+	if g.Balance.Policy != connect.Hash {
+		return nil
+	}
+	const most = 1<<20 - 1
+	out := make([]int, len(t.Endpoints))
+	taken := map[int]bool{}
+	for i := range t.Endpoints {
+		e := &t.Endpoints[i]
+		sum := sha256.Sum256([]byte(net.JoinHostPort(e.Address, strconv.Itoa(e.Port))))
+		n := int(binary.BigEndian.Uint32(sum[:4])%most) + 1
+		for taken[n] {
+			n = n%most + 1
+		}
+		taken[n], out[i] = true, n
+	}
+	return out
 }

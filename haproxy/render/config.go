@@ -14,6 +14,7 @@ package render
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"io"
 	"strconv"
@@ -93,20 +94,20 @@ type Config struct {
 
 // LiveMap is a map file whose entries HAProxy takes while it runs. Treat as read-only.
 type LiveMap struct {
-	Entries []Entry // in the order of Entry.Before
+	Entries []Entry // in the order of Entry.Compare
 	// Read: a section reads it. HAProxy knows no other map.
 	Read bool
+	// Routes: an entry belongs to a frontend as it is, see carried. Backends: values are
+	// names of backends, with bars between them.
+	Routes, Backends bool
 }
 
 // Entry of a map: two words.
 type Entry struct{ Key, Value string }
 
-// Before is the order of entries, by key: as numbers are, if it is one.
-func (e Entry) Before(o Entry) bool {
-	if len(e.Key) != len(o.Key) {
-		return len(e.Key) < len(o.Key)
-	}
-	return e.Key < o.Key
+// Compare is the order of entries, by key: as numbers are, if it is one.
+func (e Entry) Compare(o Entry) int {
+	return cmp.Or(len(e.Key)-len(o.Key), strings.Compare(e.Key, o.Key))
 }
 
 // Text is the file.

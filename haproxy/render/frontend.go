@@ -184,7 +184,7 @@ func (f *file) open(l *connect.Listener) *builder {
 
 // upstream is where the application calls an upstream. before, if not nil, is what the
 // listener was: often nothing of it has changed.
-func (f *file) upstream(made, before *front) error {
+func (f *file) upstream(made *front, to [][]way, before *front) error {
 	l := made.listener
 	b := section(Frontend, "")
 	b.name = b.check("upstream name", frontendName(l))
@@ -196,8 +196,8 @@ func (f *file) upstream(made, before *front) error {
 	b.add("timeout client %s", ms(l.Idle))
 	most(b, l)
 	if http {
-		for _, g := range made.groups {
-			limit(b, g)
+		if one := &to[0][0]; !one.limit {
+			limit(b, one.group, fmt.Sprintf("be_conn(%s)", one.backend(0)))
 		}
 		b.add("option idle-close-on-response") // or a reload would cut idle keep-alives under a request
 		b.add("http-request del-header X-Forwarded-Client-Cert")
@@ -208,7 +208,11 @@ func (f *file) upstream(made, before *front) error {
 	} else if f.logs() { // also of a client that waits for the server to speak first
 		b.add("no option dontlognull")
 	}
-	f.routes(b, &l.Branches[0].Chain)
+	if http && !plain(&l.Branches[0].Chain) {
+		f.chain(b, made, to)
+	} else {
+		direct(b, &to[0][0])
+	}
 	comment := fmt.Sprintf("upstream %s: %s, what the application calls", l.Name, protocol)
 	if before != nil && before.sections[0].madeOf(b, comment) {
 		made.sections = before.sections

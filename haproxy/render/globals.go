@@ -1,6 +1,8 @@
 package render
 
 import (
+	"slices"
+
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
@@ -31,6 +33,10 @@ func (f *file) process() {
 	f.add(global("experimental directives").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental")
 	if f.LosesAnswers { // the parser takes one such line in a section
 		f.add(global("denials").add("lua-load-per-thread %s", f.path(lua.DenyFile)), "denials that callers hear while they still send")
+	}
+	if slices.ContainsFunc(f.snap.Listeners, routed) {
+		f.Files[lua.RoutesFile] = lua.Routes
+		f.add(global("routes").add("lua-load-per-thread %s", f.path(lua.RoutesFile)), "conditions and time limits of routes")
 	}
 	f.add(f.settings(), "the process")
 	f.limits = len(f.Sections)

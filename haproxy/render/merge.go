@@ -1,6 +1,10 @@
 package render
 
-import "maps"
+import (
+	"maps"
+	"slices"
+	"strings"
+)
 
 // Merge is what of want HAProxy can be brought to without a reload, from running: its
 // structure stays, and what changes at run time is taken from want. A backend whose head
@@ -27,9 +31,12 @@ func Merge(running, want *Config) *Config {
 			out.Maps[SlotMapFile(class)] = out.Slots[class].live()
 		}
 	}
+	for name, m := range out.Maps {
+		out.Maps[name] = carried(running, running.Maps[name], m)
+	}
 	for name, m := range out.Maps { // what runs reads the maps that it reads
 		if now := running.Maps[name]; now.Read != m.Read {
-			out.Maps[name] = &LiveMap{Entries: m.Entries, Read: now.Read}
+			out.Maps[name] = &LiveMap{Entries: m.Entries, Read: now.Read, Routes: now.Routes, Backends: now.Backends}
 		}
 	}
 	wanted := make(map[string]*Section, len(want.Sections))
@@ -44,6 +51,32 @@ func Merge(running, want *Config) *Config {
 		}
 	}
 	return &out
+}
+
+// carried is a map of routes as it is wanted, but for what HAProxy cannot be told yet: an
+// entry of what runs stays until the reload, and one that leads to a backend that does not
+// run keeps what it says.
+func carried(running *Config, now, next *LiveMap) *LiveMap {
+	if now == nil || !now.Routes {
+		return next
+	}
+	runs := make(map[string]bool, len(running.Sections))
+	for _, s := range running.Sections {
+		runs[s.Name] = runs[s.Name] || s.Kind == Backend
+	}
+	wanted := make(map[string]string, len(next.Entries))
+	for _, e := range next.Entries {
+		wanted[e.Key] = e.Value
+	}
+	out := &LiveMap{Read: now.Read, Routes: true, Backends: now.Backends, Entries: slices.Clone(now.Entries)}
+	for i := range out.Entries {
+		e := &out.Entries[i]
+		v, ok := wanted[e.Key]
+		if ok && !(now.Backends && slices.ContainsFunc(strings.Split(v, "|"), func(name string) bool { return !runs[name] })) {
+			e.Value = v
+		}
+	}
+	return out
 }
 
 // common is what runs, as it is wanted: what is new waits for the reload, and what is gone

@@ -68,6 +68,8 @@ const (
 	SPOEFile     = "spoe.cfg"
 	LeafList     = "tls/leaf.list"
 	PolicyMap    = "maps/policy.map"
+	LegsMap      = "maps/legs.map" // where the splits of a route end
+	WaysMap      = "maps/ways.map" // the backends of a split, in failover order
 	PolicyKey    = "generation"
 	DrainingKey  = "draining" // in PolicyMap while we stop
 	StatsSocket  = "sock/stats"

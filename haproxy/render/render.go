@@ -99,14 +99,14 @@ func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refuse
 type file struct {
 	*Config
 	*Options
-	snap       *connect.Snapshot
-	prev       *Config
-	old, next  memory
-	ledger     *ledger
-	share      int // of the connections, for callers
-	limits     int // index of the section with the limit of connections
-	refused    []*Refused
-	wrong      *multierror.Error
+	snap      *connect.Snapshot
+	prev      *Config
+	old, next memory
+	ledger    *ledger
+	share     int // of the connections, for callers
+	limits    int // index of the section with the limit of connections
+	refused   []*Refused
+	wrong     *multierror.Error
 }
 
 // memory is what was made of which nouns. The zero memory knows nothing.
@@ -208,9 +208,9 @@ func (f *file) build(b *builder, comment string) (*Section, error) {
 // front is what a listener became, and the backends that it leads to.
 type front struct {
 	listener *connect.Listener
-	groups   []*connect.Group
 	sections []*Section
 	pools    []*pool
+	live     []liveEntry // of the maps that its routes read
 }
 
 // listeners renders every listener and what it leads to. An upstream that cannot be
@@ -233,7 +233,13 @@ func (f *file) listeners() (open []*front) {
 		}
 		if open = append(open, one); l.Role == connect.Local {
 			f.next.fronts[l] = one
+			for _, e := range one.live {
+				f.entry(e)
+			}
 		}
+	}
+	for _, m := range f.Maps {
+		slices.SortFunc(m.Entries, func(a, b Entry) int { return a.Compare(b) })
 	}
 	return open
 }
@@ -251,36 +257,24 @@ func (f *file) same(one *front) bool {
 // front renders one listener and what it leads to.
 func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
 	made := &front{listener: l}
-	var err error
+	var all [][]way
 	for i := range l.Branches {
-		l.Branches[i].Chain.Groups(func(name connect.GroupName) {
-			g := f.snap.Group(name)
-			switch {
-			case g == nil:
-				err = fmt.Errorf("there is no group %.80q", name)
-			case !slices.Contains(made.groups, g):
-				made.groups = append(made.groups, g)
-			}
-		})
-	}
-	if err != nil {
-		return nil, err
+		to, err := ways(f.snap, &l.Branches[i].Chain)
+		if err != nil {
+			return nil, err
+		}
+		if l.Role == connect.Local {
+			err = f.upstream(made, to, f.old.byName().fronts[l.Name])
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, to...)
 	}
 	if l.Role != connect.Local {
 		made.sections = f.callers(l)
-	} else if err := f.upstream(made, f.old.byName().fronts[l.Name]); err != nil {
-		return nil, err
 	}
-	for _, g := range made.groups {
-		for i := range g.Targets {
-			p, err := f.pool(g, i, fresh)
-			if err != nil {
-				return nil, err
-			}
-			made.pools = append(made.pools, p)
-		}
-	}
-	return made, nil
+	return made, f.lead(made, all, fresh)
 }
 
 // gather lists the backends, each once, and with the last listener that leads there.
