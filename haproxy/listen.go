@@ -31,6 +31,7 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 		}
 	}
 	var taken []*render.Refused
+	m.taken = nil
 	inherits := m.conf.Proxy.Inherits()
 	less.Listeners = make([]*connect.Listener, 0, len(snap.Listeners))
 	for i, l := range snap.Listeners {
@@ -43,6 +44,12 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 			continue
 		}
 		if !l.Role.Callers() {
+			if m.excluded[l].err == nil {
+				if m.taken == nil {
+					m.taken = map[*connect.Listener]bool{}
+				}
+				m.taken[l] = true
+			}
 			taken = append(taken, &render.Refused{Listener: l, Err: err})
 			continue
 		}

@@ -98,7 +98,9 @@ type Manager struct {
 
 	// Only Run's goroutine:
 	running  *render.Config
+	ran      *connect.Snapshot // that became running
 	served   served
+	taken    map[*connect.Listener]bool // their address is another process's
 	excluded map[*connect.Listener]exclusion // HAProxy refuses these as they are
 	broken   bool                            // runtime state is unknown: the next step is a reload
 	unsaved  bool                            // the files are older than what runs
@@ -276,7 +278,16 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if err != nil {
 		return 0, stage("render", "correct what the message names in Consul", err)
 	}
-	m.refusals(append(refused, taken...))
+	refused = append(refused, taken...)
+	if back := m.stay(open, refused); !back.Same(open) {
+		open = back
+		var again []*render.Refused
+		if want, again, err = m.conf.Renderer.Render(open, prev); err != nil {
+			return 0, stage("render", "correct what the message names in Consul", err)
+		}
+		refused = append(refused, again...)
+	}
+	m.refusals(refused)
 	next := served{listeners: without(open.Listeners, refused)}
 	defer func() {
 		// A port that another process has may become free: look again.
@@ -296,10 +307,10 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 	if plan.Reload == "" {
 		*since = time.Time{}
 		if plan.Empty() && !m.unsaved {
-			m.done(want, next)
+			m.done(want, open, next)
 			return 0, nil
 		}
-		return 0, m.live(ctx, want, next, plan)
+		return 0, m.live(ctx, want, open, next, plan)
 	}
 	if err := m.ahead(ctx, open, want); err != nil {
 		return 0, err
@@ -328,7 +339,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 		}
 		return 0, err
 	}
-	m.done(want, next)
+	m.done(want, open, next)
 	return 0, nil
 }
 

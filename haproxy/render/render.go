@@ -55,11 +55,15 @@ func New(o Options) (*Renderer, error) {
 type Refused struct {
 	Listener *connect.Listener
 	Err      error
+	Stays    bool // what ran in its place still does
 }
 
 func (r *Refused) Error() string {
 	if r.Listener.Role.Callers() {
 		return fmt.Sprintf("a part of the registration is left out: %v", r.Err)
+	}
+	if r.Stays {
+		return fmt.Sprintf("upstream %.80q stays as it was: %v", r.Listener.Name, r.Err)
 	}
 	return fmt.Sprintf("upstream %.80q is left out: %v", r.Listener.Name, r.Err)
 }
