@@ -100,7 +100,7 @@ type Manager struct {
 	running  *render.Config
 	ran      *connect.Snapshot // that became running
 	served   served
-	taken    map[*connect.Listener]bool // their address is another process's
+	taken    map[*connect.Listener]bool      // their address is another process's
 	excluded map[*connect.Listener]exclusion // HAProxy refuses these as they are
 	broken   bool                            // runtime state is unknown: the next step is a reload
 	unsaved  bool                            // the files are older than what runs

@@ -111,6 +111,9 @@ func (s *Source) Run(ctx context.Context, publish func(*connect.Snapshot)) error
 			continue
 		}
 		snap, slow := proxy.assemble(st)
+		if st.shaped {
+			s.sync(ctx, st, wants)
+		}
 		if !st.wake.IsZero() {
 			again.Reset(time.Until(st.wake))
 		}

@@ -134,6 +134,7 @@ func (u *upstream) follow(st *state) {
 		return
 	}
 	u.made, u.next = u.next, nil
+	st.shaped = true // what was in force is not asked for any more
 }
 
 // heard reports whether something was heard of every target.

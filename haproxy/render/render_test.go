@@ -178,6 +178,15 @@ func TestBadUpstreamIsLeftOut(t *testing.T) {
 	require.NotContains(t, c.Text(), "evil")
 }
 
+// route changes the only route of a way.
+func route(change func(*connect.Route)) func(*connecttest.Way) {
+	return func(w *connecttest.Way) {
+		c := &w.Listener.Branches[0].Chain
+		c.Routes = slices.Clone(c.Routes)
+		change(&c.Routes[0])
+	}
+}
+
 // FuzzNothingAddsALine: whatever a string of the mesh contains, the configuration
 // never has a line more than with a harmless one, and no line of another kind.
 func FuzzNothingAddsALine(f *testing.F) {
@@ -214,6 +223,26 @@ func FuzzNothingAddsALine(f *testing.F) {
 			},
 			func(w *connecttest.Way) { w.Listener.Bind = connect.Bind{SocketPath: "/" + v} },
 			func(w *connecttest.Way) { w.Listener.Bind.Address = v },
+			route(func(r *connect.Route) { r.Match.PathExact = v }),
+			route(func(r *connect.Route) { r.Match.PathPrefix, r.Match.IgnoreCase, r.Rewrite = v, true, v }),
+			route(func(r *connect.Route) { r.Match.PathRegex = v }),
+			route(func(r *connect.Route) { r.Match.Methods = []string{v} }),
+			route(func(r *connect.Route) {
+				r.Match.Headers = []connect.HeaderMatch{{Name: v, Present: true}, {Name: v, Exact: "x"}}
+			}),
+			route(func(r *connect.Route) {
+				r.Match.Headers = []connect.HeaderMatch{{Name: "a", Exact: v}, {Name: "a", Prefix: v}, {Name: "b", Suffix: v}, {Name: "b", Contains: v}, {Name: "c", Regex: v, Invert: true}}
+			}),
+			route(func(r *connect.Route) {
+				r.Match.Query = []connect.QueryMatch{{Name: v, Present: true}, {Name: v, Exact: v}, {Name: v, Regex: v}}
+			}),
+			route(func(r *connect.Route) {
+				r.Request = connect.HeaderEdits{Set: []connect.Header{{Name: "a", Value: v}}, Remove: []string{v}}
+				r.Answer = connect.HeaderEdits{Add: []connect.Header{{Name: v, Value: v}}}
+			}),
+			func(w *connecttest.Way) {
+				w.Group.Balance = connect.Balance{Policy: connect.Hash, Hash: []connect.HashPolicy{{Header: v}, {Cookie: v, Generate: true, Path: "/" + v}, {Query: v}}}
+			},
 		} {
 			for _, proto := range []connect.Protocol{connect.TCP, connect.HTTP} {
 				w := p.upstream(fmt.Sprintf("u%d%s", i, proto), proto, 3000+i, 1)

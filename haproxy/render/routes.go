@@ -153,7 +153,7 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 	for i := range c.Routes {
 		n.changes(&c.Routes[i], i+1)
 	}
-	b.add("use_backend %[var(txn.be)]")
+	b.add("%s", "use_backend %[var(txn.be)]")
 	made.live = live(key, c, to)
 }
 
