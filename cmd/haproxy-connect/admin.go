@@ -15,14 +15,12 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
@@ -177,6 +175,7 @@ func (s *sidecar) ready(w http.ResponseWriter, _ *http.Request) {
 }
 
 type statusEndpoint struct {
+	Target  string `json:"target"`
 	Name    string `json:"name"`
 	Node    string `json:"node"`
 	Address string `json:"address"`
@@ -199,15 +198,6 @@ type statusCaller struct {
 type statusRoot struct {
 	Name  string    `json:"name"`
 	Until time.Time `json:"until"`
-}
-
-type statusUpstream struct {
-	Name      string           `json:"name"`
-	Listen    string           `json:"listen"`
-	Protocol  string           `json:"protocol"`
-	Target    string           `json:"target"`
-	Expects   []string         `json:"expects"`
-	Endpoints []statusEndpoint `json:"endpoints"`
 }
 
 type statusFeed struct {
@@ -289,7 +279,7 @@ func (s *sidecar) status() statusReport {
 	stats := s.endpointStats(ctx)
 	out.Warnings = snap.Warnings()
 	for _, l := range snap.Upstreams() {
-		out.Upstreams = append(out.Upstreams, s.statusOf(snap, l, st.Running, stats))
+		out.Upstreams = append(out.Upstreams, upstreamStatus(snap, l, st.Running, stats))
 	}
 	for _, n := range snap.Notices {
 		out.Ignored = append(out.Ignored, n.String())
@@ -340,53 +330,6 @@ func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]stri
 		return nil, err
 	}
 	return runtimeapi.ParseStats(out)
-}
-
-// statusOf tells of one upstream.
-func (s *sidecar) statusOf(snap *connect.Snapshot, l *connect.Listener, running *render.Config, stats map[string]map[string]string) statusUpstream {
-	one := statusUpstream{Name: l.Name, Protocol: string(l.Protocol()), Listen: l.Bind.String(), Expects: []string{}, Endpoints: []statusEndpoint{}}
-	l.Branches[0].Chain.Groups(func(name connect.GroupName) {
-		g := snap.Group(name)
-		for place, target := range g.Targets {
-			if one.Target == "" {
-				one.Target = string(target)
-			}
-			t := snap.Target(target)
-			for _, id := range t.Dial.IDs {
-				one.Expects = append(one.Expects, id.String())
-			}
-			one.Endpoints = append(one.Endpoints, known(g, place, t, running, stats)...)
-		}
-	})
-	return one
-}
-
-// known is the endpoints of a target with HAProxy's statistics of the servers that stand
-// for them.
-func known(g *connect.Group, place int, t *connect.Target, running *render.Config, stats map[string]map[string]string) []statusEndpoint {
-	list := make([]statusEndpoint, len(t.Endpoints))
-	for i, e := range t.Endpoints {
-		list[i] = statusEndpoint{Name: e.ID, Node: e.Node, Address: fmt.Sprintf("%s:%d", e.Address, e.Port), Weight: e.Weight}
-	}
-	if running == nil {
-		return list
-	}
-	sec := running.Pool(g, place)
-	if sec == nil || len(sec.Servers) != len(list) {
-		return list // a change is on its way
-	}
-	for i := range list {
-		row := stats[sec.Name+"/"+sec.Servers[i].Name]
-		list[i].Health = row["status"]
-		list[i].Sessions, _ = strconv.Atoi(row["scur"])
-		answered, _ := strconv.Atoi(row["bout"])
-		list[i].Verified = answered > 0
-		list[i].Latency, _ = strconv.Atoi(row["ttime"])
-		if g.Protocol.IsHTTP() {
-			list[i].Latency, _ = strconv.Atoi(row["rtime"])
-		}
-	}
-	return list
 }
 
 func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {

@@ -390,6 +390,11 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	for i := range s.Upstreams {
+		if u := &s.Upstreams[i]; !u.simple() {
+			fmt.Fprintf(out, "\nroutes of %s:\n  %s\n", u.Name, strings.Join(u.tree(), "\n  "))
+		}
+	}
 	for _, f := range s.Feeds {
 		if f.Error != "" {
 			fmt.Fprintf(out, "Consul, %s: %s\n", f.Name, f.Error)

@@ -226,9 +226,14 @@ func (c *Config) At(line int) *Section {
 	return nil
 }
 
-// Pool is the backend of one target of a group, which is in it at this place, or nil.
-func (c *Config) Pool(g *connect.Group, place int) *Section {
-	return c.Find(Backend, backendName(g, place))
+// Pool is a backend of a group that has the endpoints of a target, or nil.
+func (c *Config) Pool(g connect.GroupName, t connect.TargetName) *Section {
+	for _, s := range c.Sections {
+		if s.Group == g && s.Target == t {
+			return s
+		}
+	}
+	return nil
 }
 
 // Find returns a section by kind and name, or nil.

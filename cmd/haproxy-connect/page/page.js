@@ -64,6 +64,24 @@ const self = (s) => {
   fill($("self"), list(pairs));
 };
 
+const routes = (u) => {
+  const all = u.routes || [];
+  if (all.length <= 1 && all.every((r) => r.splits.length <= 1 && r.splits.every((x) => x.targets.length <= 1))) return [];
+  const top = el("ol");
+  all.forEach((r) => {
+    const item = el("li", r.match + (r.rewrite ? ", becomes " + r.rewrite : "") + (r.timeout ? ", within " + r.timeout : "") + (r.retries ? ", tried again " + r.retries + " times" : ""));
+    const legs = el("ul");
+    r.splits.forEach((x) => {
+      const leg = el("li", Number(x.percent.toFixed(2)) + " % to ");
+      x.targets.forEach((t, i) => leg.append(el("span", (i ? ", then " : "") + t.name + (t.why ? " (not used: " + t.why + ")" : " (" + count(t.endpoints) + " endpoints)"), t.used ? "good" : "soft")));
+      legs.append(leg);
+    });
+    item.append(legs);
+    top.append(item);
+  });
+  return [top];
+};
+
 const upstreams = (s) => {
   const labels = ["Endpoint", "Health", "Weight", "Open", "Latency", "Identity"];
   if (!s.service) { fill($("upstreams"), [el("p", "Not known yet.", "note")]); return; }
@@ -71,19 +89,20 @@ const upstreams = (s) => {
   fill($("upstreams"), s.upstreams.flatMap((u) => {
     const head = el("h3", u.name + " ");
     head.append(el("span", u.protocol + " at " + u.listen, "soft"));
-    if (u.endpoints.length === 0) return [head, el("p", "No endpoint: calls fail until Consul lists a healthy one.", "bad")];
+    const ways = routes(u);
+    if (u.endpoints.length === 0) return [head, ...ways, el("p", "No endpoint: calls fail until Consul lists a healthy one.", "bad")];
     const table = el("table"), thead = el("thead"), tr = el("tr"), body = el("tbody");
     table.setAttribute("aria-label", "Endpoints of " + u.name);
     labels.forEach((l, i) => { const th = el("th", l, i === 2 || i === 3 || i === 4 ? "n" : ""); th.scope = "col"; tr.append(th); });
     thead.append(tr);
     u.endpoints.forEach((e) => body.append(row(labels, [
-      e.name + " on " + e.node + ", " + e.address,
+      e.name + " on " + e.node + ", " + e.address + (ways.length ? ", of " + e.target : ""),
       [e.health || "unknown", /^(UP|no check)/.test(e.health || "") ? "good" : "bad"],
       [String(e.weight), "n"], [count(e.sessions), "n"], [e.verified ? e.latency_ms + " ms" : "none yet", "n"],
       [(e.verified ? "verified: " : "expected: ") + u.expects.map(service).join(", "), e.verified ? "good" : "soft"],
     ])));
     table.append(thead, body);
-    return [head, table];
+    return [head, ...ways, table];
   }));
 };
 
