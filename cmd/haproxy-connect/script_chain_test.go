@@ -4,8 +4,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -101,4 +106,63 @@ func (w *world) cmdAgree(ts *testscript.TestScript, _ bool, args []string) {
 	if len(seen) < least {
 		ts.Fatalf("only %v answer", seen)
 	}
+}
+
+// datacenter dc1|dc2: what follows is about this one. The second one is started, joined to the
+// first over the WAN, when it is first named; the first must be its primary.
+func (w *world) cmdDatacenter(ts *testscript.TestScript, _ bool, args []string) {
+	if w.datacenters == nil {
+		w.datacenters = map[string]string{"dc1": w.httpAt}
+	}
+	if w.datacenters[args[0]] == "" {
+		w.datacenters[args[0]] = w.secondDatacenter(ts, args[0])
+	}
+	w.httpAt = w.datacenters[args[0]]
+	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
+}
+
+var serfWAN = regexp.MustCompile(`serf_wan = (\d+)`)
+
+func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string {
+	primary, err := os.ReadFile(filepath.Join(w.dir, "consul.hcl"))
+	ts.Check(err)
+	var p [4]int
+	for i := range p {
+		p[i], err = freePort()
+		ts.Check(err)
+	}
+	file := filepath.Join(w.dir, name+".hcl")
+	ts.Check(os.WriteFile(file, fmt.Appendf(nil, `data_dir = %q
+datacenter = %q
+primary_datacenter = "dc1"
+retry_join_wan = ["127.0.0.1:%s"]
+server = true
+bootstrap_expect = 1
+bind_addr = "127.0.0.1"
+log_level = "warn"
+performance { raft_multiplier = 1 }
+connect { enabled = true }
+acl { enabled = true, default_policy = %q, enable_token_replication = true, tokens { replication = "mastertoken", agent = "mastertoken" } }
+ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
+`, filepath.Join(w.dir, name), name, serfWAN.FindSubmatch(primary)[1], w.policy, p[0], p[1], p[2], p[3]), 0o600))
+	cmd := exec.Command(w.consul, "agent", "-config-file", file, "-node", name+"-node")
+	out := &logBuffer{}
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	ts.Check(cmd.Start())
+	w.env.Defer(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	at := fmt.Sprintf("127.0.0.1:%d", p[0])
+	first := w.httpAt
+	defer func() { w.httpAt = first }()
+	w.httpAt = at
+	if err := eventually(3*patience, func() error {
+		_, err := w.call(http.MethodGet, "/v1/acl/token/self", nil)
+		if err == nil {
+			_, err = w.call(http.MethodGet, "/v1/agent/connect/ca/leaf/any", nil)
+		}
+		return err
+	}); err != nil {
+		ts.Fatalf("the second datacenter does not start: %v\n%s", err, out)
+	}
+	return at
 }

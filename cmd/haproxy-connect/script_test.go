@@ -132,13 +132,14 @@ const patience = 40 * time.Second
 
 // world is what one script runs in: a Consul, applications, sidecars.
 type world struct {
-	env     *testscript.Env
-	consul  string
-	haproxy string
-	version string
-	dir     string // short, for sockets
-	httpAt  string
-	args    []string
+	datacenters map[string]string // HTTP addresses, by name
+	env         *testscript.Env
+	consul      string
+	haproxy     string
+	version     string
+	dir         string // short, for sockets
+	httpAt      string
+	args        []string
 
 	agent  *exec.Cmd
 	cars   map[string]*exec.Cmd
@@ -220,7 +221,7 @@ func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string
 }
 
 var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
-	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "agree": inWorld((*world).cmdAgree),
+	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "agree": inWorld((*world).cmdAgree), "datacenter": inWorld((*world).cmdDatacenter),
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "forget": inWorld((*world).cmdForget), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
