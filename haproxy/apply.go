@@ -38,7 +38,7 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 	if plan.Reload != "" || plan.Empty() {
 		return nil
 	}
-	return m.live(ctx, part, m.ran, m.served, plan)
+	return m.live(ctx, applied{part, m.ran, m.served}, plan)
 }
 
 // lineOf finds the line that HAProxy names when it refuses a configuration.
@@ -90,10 +90,10 @@ func without(list []*connect.Listener, refused []*render.Refused) []*connect.Lis
 	})
 }
 
-func (m *Manager) done(want *render.Config, of *connect.Snapshot, now served) {
-	m.running, m.ran, m.served = want, of, now
+func (m *Manager) done(now applied) {
+	m.applied = now
 	m.mu.Lock()
-	m.status.Ready, m.status.Running = true, want
+	m.status.Ready, m.status.Running = true, now.running
 	m.status.Deleting = len(m.deleting)
 	m.mu.Unlock()
 }
@@ -208,8 +208,8 @@ func (m *Manager) save(c, old *render.Config) error {
 
 // live changes HAProxy while it runs, and the files with it. A disk that is full does
 // not keep an endpoint or a leaf from HAProxy: the files follow when they can.
-func (m *Manager) live(ctx context.Context, want *render.Config, of *connect.Snapshot, now served, plan Plan) error {
-	old := m.running
+func (m *Manager) live(ctx context.Context, next applied, plan Plan) error {
+	want, old := next.running, m.running
 	if m.unsaved {
 		old = nil
 	}
@@ -231,7 +231,7 @@ func (m *Manager) live(ctx context.Context, want *render.Config, of *connect.Sna
 	m.status.Commands += uint64(len(plan.Commands))
 	m.mu.Unlock()
 	m.conf.Log.Debug("changed without a reload", "commands", len(plan.Commands))
-	m.done(want, of, now)
+	m.done(next)
 	return saved
 }
 

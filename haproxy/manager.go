@@ -97,17 +97,48 @@ type Manager struct {
 	status Status
 
 	// Only Run's goroutine:
-	running  *render.Config
-	ran      *connect.Snapshot // that became running
-	served   served
+	applied
+	pace
 	taken    map[*connect.Listener]bool      // their address is another process's
 	excluded map[*connect.Listener]exclusion // HAProxy refuses these as they are
 	broken   bool                            // runtime state is unknown: the next step is a reload
 	unsaved  bool                            // the files are older than what runs
 	damage   string                          // a file or socket that is gone
 	deleting map[string]time.Time            // servers that get nothing new, and since when
-	reloaded time.Time
 	lastErr  string
+}
+
+// applied is what HAProxy runs. The zero value is nothing.
+type applied struct {
+	running *render.Config
+	ran     *connect.Snapshot // that became running
+	served  served
+}
+
+// pace is how structural changes wait for each other.
+type pace struct {
+	since    time.Time // the first that waits; zero: none does
+	last     string    // the change as last seen
+	reloaded time.Time
+}
+
+// wait is how long a structural change waits: until it is still, so that ten changes are one
+// reload, and not too soon after the last one. 0: it waits no longer.
+func (p *pace) wait(detail string, now time.Time) time.Duration {
+	if p.since.IsZero() {
+		p.since, p.last = now, ""
+	}
+	due := p.since.Add(atMost)
+	if detail != p.last {
+		p.last = detail
+		if now.Add(quiet).Before(due) {
+			return quiet
+		}
+	}
+	if next := p.reloaded.Add(reloadEvery); now.Before(due) && now.Before(next) {
+		return next.Sub(now)
+	}
+	return 0
 }
 
 // NewManager makes a manager that does nothing before Run.
@@ -160,8 +191,6 @@ func (m *Manager) Run(ctx context.Context) error {
 	var (
 		retry    = firstRetry
 		timer    = time.NewTimer(time.Hour)
-		since    time.Time // first structural change that waits
-		last     string    // the change as last seen
 		deletes  = time.NewTicker(deleteEvery)
 		drift    = time.NewTicker(driftEvery)
 		look     = time.NewTicker(lookEvery)
@@ -198,17 +227,20 @@ func (m *Manager) Run(ctx context.Context) error {
 		if snap != applying {
 			applying, retry = snap, firstRetry // a new wish is tried at once
 		}
-		wait, err := m.step(ctx, snap, &since, &last)
-		if ctx.Err() != nil {
+		wait, err := m.step(ctx, snap)
+		switch {
+		case ctx.Err() != nil:
 			return nil
-		}
-		if err != nil {
+		case err != nil:
 			m.failed(err)
 			wait = retry - retry/10 + rand.N(retry/5)
 			retry = min(2*retry, lastRetry)
-		} else if wait == 0 || wait == portEvery {
+		case wait == 0:
 			m.worked()
 			retry = firstRetry
+			if len(m.taken) > 0 {
+				wait = portEvery // a port that another process has may become free
+			}
 		}
 		if wait > 0 {
 			timer.Reset(wait)
@@ -265,36 +297,11 @@ func (m *Manager) worked() {
 }
 
 // step tries to make HAProxy match a snapshot. A positive wait means: not yet.
-func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.Time, last *string) (wait time.Duration, err error) {
-	open, taken, err := m.listenable(snap)
+func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.Duration, err error) {
+	next, want, err := m.render(snap)
 	if err != nil {
 		return 0, err
 	}
-	prev := m.running
-	if prev == nil {
-		prev = m.conf.Inherited // slots, if a predecessor's HAProxy uses them
-	}
-	want, refused, err := m.conf.Renderer.Render(open, prev)
-	if err != nil {
-		return 0, stage("render", "correct what the message names in Consul", err)
-	}
-	refused = append(refused, taken...)
-	if back := m.stay(open, refused); !back.Same(open) {
-		open = back
-		var again []*render.Refused
-		if want, again, err = m.conf.Renderer.Render(open, prev); err != nil {
-			return 0, stage("render", "correct what the message names in Consul", err)
-		}
-		refused = append(refused, again...)
-	}
-	m.refusals(refused)
-	next := served{listeners: without(open.Listeners, refused)}
-	defer func() {
-		// A port that another process has may become free: look again.
-		if err == nil && wait == 0 && len(taken) > 0 {
-			wait = portEvery
-		}
-	}()
 	if m.damage != "" {
 		if err := m.restore(ctx); err != nil {
 			return 0, err
@@ -305,42 +312,57 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot, since *time.
 		plan = Plan{Reload: Repair, Detail: "the state of HAProxy is not known"}
 	}
 	if plan.Reload == "" {
-		*since = time.Time{}
+		m.since = time.Time{}
 		if plan.Empty() && !m.unsaved {
-			m.done(want, open, next)
+			m.done(next)
 			return 0, nil
 		}
-		return 0, m.live(ctx, want, open, next, plan)
+		return 0, m.live(ctx, next, plan)
 	}
-	if err := m.ahead(ctx, open, want); err != nil {
+	if err := m.ahead(ctx, next.ran, want); err != nil {
 		return 0, err
 	}
 	if plan.Reload != Start && m.conf.Proxy.Up() {
-		// Structure: wait until it is still, so that ten changes are one reload.
-		now := time.Now()
-		if since.IsZero() {
-			*since, *last = now, ""
-		}
-		due := since.Add(atMost)
-		if plan.Detail != *last {
-			*last = plan.Detail
-			if q := now.Add(quiet); q.Before(due) {
-				return quiet, nil
-			}
-		}
-		if next := m.reloaded.Add(reloadEvery); now.Before(due) && now.Before(next) {
-			return next.Sub(now), nil
+		if wait := m.wait(plan.Detail, time.Now()); wait > 0 {
+			return wait, nil
 		}
 	}
-	*since = time.Time{}
+	m.since = time.Time{}
 	if err := m.reload(ctx, want, plan); err != nil {
-		if m.exclude(open, want, err) {
+		if m.exclude(next.ran, want, err) {
 			return time.Millisecond, nil // again, without it
 		}
 		return 0, err
 	}
-	m.done(want, open, next)
+	m.done(next)
 	return 0, nil
+}
+
+// render makes the configuration of what can be served, and says what cannot.
+func (m *Manager) render(snap *connect.Snapshot) (next applied, want *render.Config, err error) {
+	open, refused, err := m.listenable(snap)
+	if err != nil {
+		return next, nil, err
+	}
+	prev := m.running
+	if prev == nil {
+		prev = m.conf.Inherited // slots, if a predecessor's HAProxy uses them
+	}
+	const try = "correct what the message names in Consul"
+	want, more, err := m.conf.Renderer.Render(open, prev)
+	if err != nil {
+		return next, nil, stage("render", try, err)
+	}
+	refused = append(more, refused...)
+	if back := m.stay(open, refused); !back.Same(open) {
+		open = back
+		if want, more, err = m.conf.Renderer.Render(open, prev); err != nil {
+			return next, nil, stage("render", try, err)
+		}
+		refused = append(refused, more...)
+	}
+	m.refusals(refused)
+	return applied{want, open, served{listeners: without(open.Listeners, refused)}}, want, nil
 }
 
 func (m *Manager) refusals(refused []*render.Refused) {

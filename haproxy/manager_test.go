@@ -438,11 +438,9 @@ func benchmarkChange(b *testing.B, upstreams, endpoints, change int) {
 	connecttest.Add(full, ways...)
 	first := *full.Targets[0]
 	first.Endpoints = first.Endpoints[:endpoints-change]
-	var since time.Time
-	var last string
 	step := func(s *connect.Snapshot) {
 		for {
-			wait, err := m.step(b.Context(), s, &since, &last)
+			wait, err := m.step(b.Context(), s)
 			require.NoError(b, err)
 			if wait == 0 {
 				return

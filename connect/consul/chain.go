@@ -84,6 +84,7 @@ type chainResolver struct {
 
 type chainTarget struct {
 	Service, ServiceSubset, Datacenter, Peer string
+	MeshGateway                              struct{ Mode string }
 	Subset                                   struct {
 		Filter      string
 		OnlyPassing bool

@@ -186,6 +186,9 @@ func (c *compiler) resolve(name string) error {
 			c.notice("service-resolver target", t.Service+" of peer "+t.Peer, "cluster peering is not supported; it is left out")
 			continue
 		}
+		if mode := t.MeshGateway.Mode; t.Datacenter != c.own && mode != "" && mode != "none" {
+			c.notice("mesh_gateway.mode", mode, "mesh gateways are not supported; instances in "+t.Datacenter+" are dialled at their WAN address")
+		}
 		d := destination{service: t.Service, dc: t.Datacenter, other: t.Datacenter != c.own, subset: t.ServiceSubset, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing}
 		if !slices.Contains(g.targets, d) {
 			g.targets = append(g.targets, d)

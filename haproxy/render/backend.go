@@ -193,6 +193,7 @@ func (f *file) requestsTo(b *builder, p *pool) {
 	retries(b, v.retry, g.Protocol)
 	if v.timed {
 		b.add("http-request set-timeout server var(txn.silence) if { var(txn.silence) -m found }")
+		b.add("http-request set-timeout tunnel var(txn.idle) if { var(txn.idle) -m found }")
 	}
 	f.uploads(b, g.Idle)
 }

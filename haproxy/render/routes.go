@@ -405,8 +405,11 @@ func (n *naming) changes(r *connect.Route, number int) {
 	if silence := silenceOf(r); silence > 0 {
 		n.b.add("http-request set-var(txn.silence) int(%d) if %s", max(silence.Milliseconds(), 1), when)
 	}
-	if r.Timeout > 0 {
-		n.b.add("http-request set-var(txn.total) int(%d) if %s", max(r.Timeout.Milliseconds(), 1), when)
+	if r.Timeout > 0 { // a WebSocket has no end that could be waited for
+		n.b.add("http-request set-var(txn.total) int(%d) if %s !{ req.fhdr_cnt(upgrade) gt 0 }", max(r.Timeout.Milliseconds(), 1), when)
+	}
+	if r.Idle > 0 {
+		n.b.add("http-request set-var(txn.idle) int(%d) if %s", max(r.Idle.Milliseconds(), 1), when)
 	}
 	n.rewrite(r, when)
 }
