@@ -9,13 +9,12 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// nouns are those of one snapshot, and of the one before: one that comes out the same is
-// the same pointer, which is how whoever reads snapshots sees what has changed.
+// nouns are those of one snapshot. One that comes out as it did before is the same pointer,
+// which is how whoever reads snapshots sees what has changed.
 type nouns struct {
-	listeners map[listenerKey]*connect.Listener
-	groups    map[connect.GroupName]*connect.Group
-	targets   map[connect.TargetName]*connect.Target
-	before    *nouns
+	listeners kept[listenerKey, connect.Listener]
+	groups    kept[connect.GroupName, connect.Group]
+	targets   kept[connect.TargetName, connect.Target]
 }
 
 // listenerKey tells listeners apart: an upstream may be called as a listener of ours is.
@@ -24,47 +23,48 @@ type listenerKey struct {
 	name string
 }
 
-// next begins the nouns of another snapshot.
-func (n *nouns) next() *nouns {
-	n.before = nil
-	return &nouns{listeners: make(map[listenerKey]*connect.Listener, len(n.listeners)), groups: make(map[connect.GroupName]*connect.Group, len(n.groups)),
-		targets: make(map[connect.TargetName]*connect.Target, len(n.targets)), before: n}
+// kept is nouns of one kind, by name and in the order in which they came.
+type kept[K comparable, T any] struct {
+	now, before map[K]*T
+	list        []*T
 }
 
-func keep[K comparable, T any](all, before map[K]*T, name K, one *T) *T {
-	if old := before[name]; old != nil && (old == one || reflect.DeepEqual(old, one)) {
+func (k *kept[K, T]) next() kept[K, T] {
+	return kept[K, T]{make(map[K]*T, len(k.now)), k.now, make([]*T, 0, len(k.list))}
+}
+
+// add adds a noun once, and returns the one that stands for it.
+func (k *kept[K, T]) add(name K, one *T) *T {
+	if have := k.now[name]; have != nil {
+		return have
+	}
+	if old := k.before[name]; old != nil && (old == one || reflect.DeepEqual(old, one)) {
 		one = old
 	}
-	all[name] = one
+	k.now[name] = one
+	k.list = append(k.list, one)
 	return one
 }
 
+// next begins the nouns of another snapshot.
+func (n *nouns) next() *nouns {
+	return &nouns{n.listeners.next(), n.groups.next(), n.targets.next()}
+}
+
 func (n *nouns) listener(l *connect.Listener) *connect.Listener {
-	return keep(n.listeners, n.before.listeners, listenerKey{l.Role, l.Name}, l)
+	return n.listeners.add(listenerKey{l.Role, l.Name}, l)
 }
 
-func (n *nouns) group(g *connect.Group) *connect.Group {
-	return keep(n.groups, n.before.groups, g.Name, g)
-}
+func (n *nouns) group(g *connect.Group) *connect.Group { return n.groups.add(g.Name, g) }
 
-func (n *nouns) target(t *connect.Target) *connect.Target {
-	return keep(n.targets, n.before.targets, t.Name, t)
-}
+func (n *nouns) target(t *connect.Target) *connect.Target { return n.targets.add(t.Name, t) }
 
-// into sorts them into a snapshot.
+// into sorts them into a snapshot. They come nearly sorted.
 func (n *nouns) into(s *connect.Snapshot) {
-	s.Listeners = sorted(n.listeners, func(a, b *connect.Listener) int {
+	s.Listeners, s.Groups, s.Targets = n.listeners.list, n.groups.list, n.targets.list
+	slices.SortFunc(s.Listeners, func(a, b *connect.Listener) int {
 		return cmp.Or(int(a.Role-b.Role), strings.Compare(a.Name, b.Name))
 	})
-	s.Groups = sorted(n.groups, func(a, b *connect.Group) int { return strings.Compare(string(a.Name), string(b.Name)) })
-	s.Targets = sorted(n.targets, func(a, b *connect.Target) int { return strings.Compare(string(a.Name), string(b.Name)) })
-}
-
-func sorted[K comparable, T any](all map[K]*T, order func(a, b *T) int) []*T {
-	out := make([]*T, 0, len(all))
-	for _, one := range all {
-		out = append(out, one)
-	}
-	slices.SortFunc(out, order)
-	return out
+	slices.SortFunc(s.Groups, func(a, b *connect.Group) int { return strings.Compare(string(a.Name), string(b.Name)) })
+	slices.SortFunc(s.Targets, func(a, b *connect.Target) int { return strings.Compare(string(a.Name), string(b.Name)) })
 }

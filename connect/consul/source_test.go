@@ -244,7 +244,7 @@ func TestRestartedAgentDoesNotEmptyABackend(t *testing.T) {
 }
 
 // found is the answer of a watch for endpoints.
-func found(list ...connect.Endpoint) instances { return instances{endpoints: list} }
+func found(list ...connect.Endpoint) instances { return instances{}.found(list) }
 
 func TestWhatWouldEmptyATargetWaits(t *testing.T) {
 	one, other := connect.Endpoint{Name: "one", Address: "10.0.0.1"}, connect.Endpoint{Name: "other", Address: "10.0.0.2"}

@@ -52,12 +52,19 @@ type instances struct {
 	dc        string
 	ids       []certs.SPIFFEID   // without trust domain: the roots may arrive later than this; sorted
 	endpoints []connect.Endpoint // perhaps with host names in place of addresses
+	hosts     bool               // with some, at least
+}
+
+// found completes an answer by the endpoints in it.
+func (i instances) found(list []connect.Endpoint) instances {
+	i.endpoints, i.hosts = list, slices.ContainsFunc(list, named)
+	return i
 }
 
 // noInstances and namedInstances are void and shapes of watches for instances.
 func noInstances(v any) bool { return len(v.(instances).endpoints) == 0 }
 
-func namedInstances(v any) bool { return slices.ContainsFunc(v.(instances).endpoints, named) }
+func namedInstances(v any) bool { return v.(instances).hosts }
 
 // id is a service's identity, without the trust domain.
 func id(service, dc string) certs.SPIFFEID {
@@ -79,7 +86,7 @@ func (c *Client) endpoints(d destination) watch {
 			}
 			cur.advance(meta)
 			cur.pause = time.Duration(len(list)) * pauseEach
-			return instances{dc: d.dc, ids: []certs.SPIFFEID{id(d.service, d.dc)}, endpoints: endpoints(list, d.other, d.onlyPassing)}, nil
+			return instances{dc: d.dc, ids: []certs.SPIFFEID{id(d.service, d.dc)}}.found(endpoints(list, d.other, d.onlyPassing)), nil
 		}}
 }
 
@@ -119,8 +126,7 @@ func (c *Client) query(d *declared, own string) watch {
 				}
 			}
 			slices.SortFunc(out.ids, func(a, b certs.SPIFFEID) int { return strings.Compare(a.String(), b.String()) })
-			out.endpoints = endpoints(list, got.Datacenter != own, false)
-			return out, nil
+			return out.found(endpoints(list, got.Datacenter != own, false)), nil
 		}}
 }
 

@@ -153,7 +153,7 @@ func (u *upstream) wants(st *state) []watch {
 			if !u.query {
 				out = append(out, a.asked)
 			}
-			if list, ok := heard[instances](st, a.asked.key); ok && namedInstances(list) {
+			if list, ok := heard[instances](st, a.asked.key); ok && list.hosts {
 				out = append(out, addresses(list)...)
 			}
 		}
@@ -187,7 +187,7 @@ func (u *upstream) add(st *state, to *nouns, domain string) bool {
 
 func (a *aim) add(st *state, to *nouns, domain string) {
 	turn := st.turnOf(a.asked.key)
-	if list, _ := heard[instances](st, a.asked.key); a.noun == nil || a.turn != turn || a.domain != domain || namedInstances(list) {
+	if list, _ := heard[instances](st, a.asked.key); a.noun == nil || a.turn != turn || a.domain != domain || list.hosts {
 		a.noun = &connect.Target{Name: a.name, Service: a.of.service, Subset: a.of.subset, Datacenter: list.dc, Endpoints: st.addressed(list.endpoints),
 			Dial: connect.Dial{Bundle: connect.OwnBundle, Leaf: connect.OwnLeaf}}
 		for _, id := range list.ids {
