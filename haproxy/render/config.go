@@ -17,6 +17,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -108,6 +109,11 @@ type Entry struct{ Key, Value string }
 // Compare is the order of entries, by key: as numbers are, if it is one.
 func (e Entry) Compare(o Entry) int {
 	return cmp.Or(len(e.Key)-len(o.Key), strings.Compare(e.Key, o.Key))
+}
+
+// same reports whether nothing differs, so that neither the file nor HAProxy needs it.
+func (m *LiveMap) same(o *LiveMap) bool {
+	return m.Read == o.Read && m.Routes == o.Routes && m.Backends == o.Backends && slices.Equal(m.Entries, o.Entries)
 }
 
 // Text is the file.

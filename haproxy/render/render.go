@@ -242,8 +242,11 @@ func (f *file) listeners() (open []*front) {
 			}
 		}
 	}
-	for _, m := range f.Maps {
+	for name, m := range f.Maps {
 		slices.SortFunc(m.Entries, func(a, b Entry) int { return a.Compare(b) })
+		if f.prev != nil && f.prev.Maps[name] != nil && f.prev.Maps[name].same(m) {
+			f.Maps[name] = f.prev.Maps[name]
+		}
 	}
 	return open
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // minSlots is how many sockets a class starts with. Sockets cannot be added
@@ -35,10 +36,25 @@ func (t *SlotTable) Each(do func(value string, id int)) {
 	}
 }
 
+// slotKeys are the keys of slots that were ever used, made once: a map has thousands.
+var slotKeys struct {
+	sync.Mutex
+	of []string
+}
+
+func slotKey(id int) string {
+	slotKeys.Lock()
+	defer slotKeys.Unlock()
+	for len(slotKeys.of) <= id {
+		slotKeys.of = append(slotKeys.of, Slot{ID: len(slotKeys.of)}.Key())
+	}
+	return slotKeys.of[id]
+}
+
 // live is the map of the class: where each slot in use leads.
 func (t *SlotTable) live() *LiveMap {
 	m := &LiveMap{Entries: make([]Entry, 0, t.used), Read: true}
-	t.Each(func(v string, id int) { m.Entries = append(m.Entries, Entry{Slot{ID: id}.Key(), v}) })
+	t.Each(func(v string, id int) { m.Entries = append(m.Entries, Entry{slotKey(id), v}) })
 	return m
 }
 
