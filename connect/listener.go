@@ -39,7 +39,9 @@ type Listener struct {
 	Role Role
 	// Opened is the setting that makes a listener Open, in the words of its documentation.
 	Opened string
-	Bind   Bind
+	// From is who may connect besides this host itself, by address; nil: anybody.
+	From []string
+	Bind Bind
 	Idle   time.Duration // silence that ends a connection; 0: the default of every listener
 	// MaxConnections refuses at once what would be more; nil is unlimited.
 	MaxConnections *int
@@ -147,7 +149,10 @@ func (l *Listener) Policy() *intentions.Policy {
 
 // Warnings say where callers are let in without mutual TLS and intentions.
 func (l *Listener) Warnings() (out []string) {
-	const anybody = ": no TLS, no intentions, anybody who reaches it is let in"
+	anybody := ": no TLS, no intentions, anybody who reaches it is let in"
+	if l.From != nil {
+		anybody = " to this host and its agent: no TLS, no intentions"
+	}
 	for _, b := range l.Branches {
 		switch {
 		case !l.Role.Callers() || b.Guard != nil:

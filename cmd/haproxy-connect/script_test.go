@@ -299,12 +299,13 @@ func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) > 2 {
 		extra += args[2] + "\n"
 	}
-	var p [4]int
+	var p [5]int
 	for i := range p {
 		var err error
 		p[i], err = freePort()
 		ts.Check(err)
 	}
+	ts.Setenv("EXPOSE", strconv.Itoa(p[4])) // the only port that the agent exposes a check at
 	conf := fmt.Sprintf(`%sdata_dir = %q
 server = true
 bootstrap_expect = 1
@@ -314,8 +315,8 @@ performance { raft_multiplier = 1 }
 connect { enabled = true }
 addresses { http = "127.0.0.1 unix://%s" }
 acl { enabled = true, default_policy = %q, tokens { initial_management = "mastertoken", agent = "mastertoken" } }
-ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
-`, extra, filepath.Join(w.dir, "consul"), filepath.Join(w.dir, "consul.sock"), policy, p[0], p[1], p[2], p[3])
+ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1, expose_min_port = %d, expose_max_port = %d }
+`, extra, filepath.Join(w.dir, "consul"), filepath.Join(w.dir, "consul.sock"), policy, p[0], p[1], p[2], p[3], p[4], p[4]+1)
 	file := filepath.Join(w.dir, "consul.hcl")
 	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
 	w.serf, w.policy = p[2], policy

@@ -161,9 +161,7 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 	slices.SortFunc(in.expose, func(a, b exposed) int {
 		return cmp.Or(a.port-b.port, strings.Compare(a.path, b.path))
 	})
-	if p.Expose.Checks {
-		n.Add(where, "expose.checks", "true", "Consul's HTTP API does not tell the path of a check; use expose.paths")
-	}
+	in.checks = p.Expose.Checks
 	if p.Mode == api.ProxyModeTransparent {
 		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
 	}

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
@@ -21,6 +22,7 @@ type inbound struct {
 	forwardFor   bool
 	callerHeader string
 	expose       []exposed
+	checks       bool // expose.checks
 	telemetry    connect.Telemetry
 	accessLog    connect.AccessLog
 }
@@ -30,6 +32,7 @@ type exposed struct {
 	path      string
 	app, port int
 	protocol  connect.Protocol
+	from      []string // see connect.Listener
 }
 
 func (in *inbound) unsecuredBind() connect.Bind {
@@ -62,8 +65,8 @@ const (
 )
 
 // add makes the nouns of the public side. permissive lets in plain connections that meant
-// the application's own port.
-func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool) {
+// the application's own port; checks are paths that the agent asks for.
+func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool, checks []exposed) {
 	if in.bind.Port == 0 {
 		return
 	}
@@ -84,24 +87,30 @@ func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool) {
 		to.listener(&connect.Listener{Name: "unsecured", Role: connect.Open, Opened: "unsecured_bind_port", Bind: in.unsecuredBind(),
 			Branches: []connect.Branch{{Protocol: in.protocol, Chain: connect.Direct(appGroup)}}})
 	}
-	in.exposed(to)
+	in.exposed(to, "expose.paths", in.expose)
+	in.exposed(to, "expose.checks", slices.DeleteFunc(slices.Clone(checks), func(c exposed) bool {
+		return slices.ContainsFunc(in.binds(), in.exposeBind(c.port).Clashes)
+	}))
 }
 
 // exposed makes a listener for each port, with a route for each path.
-func (in *inbound) exposed(to *nouns) {
+func (in *inbound) exposed(to *nouns, setting string, list []exposed) {
 	var chain connect.Chain
-	for i, e := range in.expose {
+	for i, e := range list {
 		name := fmt.Sprintf("expose_%d", e.port)
 		group := connect.GroupName(fmt.Sprintf("%s_%d_app", name, len(chain.Routes)))
 		route := connect.Direct(group).Routes[0]
 		route.Match.PathExact = e.path
 		chain.Routes = append(chain.Routes, route)
-		app := connect.Endpoint{Name: "app", Address: in.app.Address, Port: e.app, Weight: 1}
+		app := in.app
+		if e.app != 0 {
+			app = connect.Endpoint{Name: "app", Address: in.app.Address, Port: e.app, Weight: 1}
+		}
 		in.group(to, &connect.Group{Name: group, Protocol: e.protocol, Connect: in.connect}, app)
-		if i+1 < len(in.expose) && in.expose[i+1].port == e.port {
+		if i+1 < len(list) && list[i+1].port == e.port {
 			continue
 		}
-		to.listener(&connect.Listener{Name: name, Role: connect.Open, Opened: "expose.paths", Bind: in.exposeBind(e.port),
+		to.listener(&connect.Listener{Name: name, Role: connect.Open, Opened: setting, From: e.from, Bind: in.exposeBind(e.port),
 			Branches: []connect.Branch{{Protocol: connect.HTTP, Chain: chain}}})
 		chain = connect.Chain{}
 	}

@@ -74,6 +74,9 @@ func (k *sidecar) wants(st *state) []watch {
 	if k.transparent() {
 		out = append(out, k.tlsModes()...)
 	}
+	if k.inbound.checks {
+		out = append(out, c.checks(k.service.Proxy.DestinationServiceID))
+	}
 	for _, d := range k.declared {
 		out = append(out, k.upstreams[d.name].wants(st)...)
 	}
@@ -127,7 +130,8 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	guard.Normalize, guard.SanitizeXFCC = mesh.decode(&notices)
 
 	now := k.nouns.next()
-	k.inbound.add(now, guard, k.permissive(st))
+	checks, _ := heard[[]exposed](st, c.checks(k.service.Proxy.DestinationServiceID).key)
+	k.inbound.add(now, guard, k.permissive(st), checks)
 	for _, d := range k.declared {
 		u := k.upstreams[d.name]
 		slow = !u.add(st, now, roots.TrustDomain) || slow

@@ -173,6 +173,14 @@ func (f *file) open(l *connect.Listener) *builder {
 	http := l.Protocol().IsHTTP()
 	b.mode(http)
 	b.add("bind %s", bind(b, l.Bind)).add("maxconn %d", max(f.share/8, 1))
+	if l.From != nil { // this host has the same address at both ends, or is the loopback
+		near := "127.0.0.0/8 ::1"
+		for _, one := range l.From {
+			near += " " + b.check("address", one)
+		}
+		b.add("tcp-request connection set-var(sess.from) src")
+		b.add("tcp-request connection reject unless { src %s } || { dst,strcmp(sess.from) eq 0 }", near)
+	}
 	f.log(b, http)
 	if http {
 		requests(b)
