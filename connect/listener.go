@@ -42,7 +42,7 @@ type Listener struct {
 	// From is who may connect besides this host itself, by address; nil: anybody.
 	From []string
 	Bind Bind
-	Idle   time.Duration // silence that ends a connection; 0: the default of every listener
+	Idle time.Duration // silence that ends a connection; 0: the default of every listener
 	// MaxConnections refuses at once what would be more; nil is unlimited.
 	MaxConnections *int
 	Branches       []Branch // the first that matches

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -115,6 +116,7 @@ func (a *Agent) wake() {
 }
 
 func (a *Agent) serve(w http.ResponseWriter, r *http.Request) {
+	_, _ = io.Copy(io.Discard, r.Body) // or the server does not see that its client has gone
 	path := r.URL.Path
 	index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
 	hash := r.URL.Query().Get("hash")
