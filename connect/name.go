@@ -30,7 +30,10 @@ func SafeName(s string) string {
 	if len(out) > maxName {
 		out, changed = out[:maxName], true
 	}
-	if out == "" || changed {
+	if out == "" { // which a dash must not begin
+		out, changed = "_", true
+	}
+	if changed {
 		out += "-" + Digest(s)
 	}
 	return out

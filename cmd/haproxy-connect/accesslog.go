@@ -15,7 +15,7 @@ import (
 
 // accessLine hands on what HAProxy logs: access lines to where they are wanted, the
 // rest, which is about HAProxy itself, to our own log.
-func (s *sidecar) accessLine(line string) {
+func (s *running) accessLine(line string) {
 	rest, ok := strings.CutPrefix(line, render.AccessMark)
 	if !ok {
 		s.log.Debug("haproxy", "says", line)

@@ -123,14 +123,14 @@ func (s *sidecar) reasons() []string {
 	if s.stopping.Load() {
 		out = append(out, "stopping")
 	}
-	phase := s.phase.Load()
-	if phase != nil && *phase != "" {
-		return append(out, "waiting for "+*phase)
+	r := s.running.Load()
+	if r == nil {
+		return append(out, "waiting for "+*s.phase.Load())
 	}
 	snap := s.newest.Load()
 	if snap == nil {
 		out = append(out, "waiting for the first complete answer of Consul")
-		for _, f := range s.source.Feeds() {
+		for _, f := range r.source.Feeds() {
 			if f.Err != "" {
 				out = append(out, f.Name+": "+f.Err)
 			} else if f.Answers == 0 {
@@ -139,13 +139,13 @@ func (s *sidecar) reasons() []string {
 		}
 		return out
 	}
-	st := s.manager.Status()
+	st := r.manager.Status()
 	if !st.Ready {
 		out = append(out, "HAProxy has not taken a configuration yet")
 		if st.Err != "" {
 			out = append(out, st.Err)
 		}
-	} else if !s.proc.Up() {
+	} else if !r.proc.Up() {
 		out = append(out, "HAProxy is not running")
 	}
 	if time.Now().After(snap.Leaf().NotAfter) {
@@ -155,7 +155,7 @@ func (s *sidecar) reasons() []string {
 }
 
 // oldWorkers counts the replaced workers that still have sessions; 0 while there is no HAProxy.
-func (s *sidecar) oldWorkers(ctx context.Context) (n int) {
+func (s *running) oldWorkers(ctx context.Context) (n int) {
 	workers, _ := s.proc.Workers(ctx)
 	for _, w := range workers {
 		if w.Old {
@@ -243,23 +243,24 @@ type statusReport struct {
 func (s *sidecar) status() statusReport {
 	out := statusReport{Version: version(), Reasons: s.reasons(), Upstreams: []statusUpstream{}, Feeds: []statusFeed{}, Ignored: []string{}, Reloads: map[string]uint64{}}
 	out.Ready = len(out.Reasons) == 0
-	if phase := s.phase.Load(); phase == nil || *phase != "" {
-		return out // what follows is not made yet
+	r := s.running.Load()
+	if r == nil {
+		return out
 	}
-	out.HAProxy = s.binary.Version.String()
-	for _, f := range s.source.Feeds() {
+	out.HAProxy = r.binary.Version.String()
+	for _, f := range r.source.Feeds() {
 		out.Feeds = append(out.Feeds, statusFeed{f.Name, f.Err, f.Since, f.Answers, f.Errors})
 	}
-	st := s.manager.Status()
-	for r, n := range st.Reloads {
-		out.Reloads[string(r)] = n
+	st := r.manager.Status()
+	for reason, n := range st.Reloads {
+		out.Reloads[string(reason)] = n
 	}
-	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, s.agent.Generation()
+	out.Last, out.Commands, out.Error, out.Policy = st.LastReload, st.Commands, st.Err, r.agent.Generation()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	out.Old, out.Revoked, out.Pending = s.oldWorkers(ctx), s.revoke.ended.Load(), s.revoke.pending.Load()
+	out.Old, out.Revoked, out.Pending = r.oldWorkers(ctx), r.revoke.ended.Load(), r.revoke.pending.Load()
 	out.Known = true
-	out.Deleting, out.Restarts = st.Deleting, s.restarts.Load()
+	out.Deleting, out.Restarts = st.Deleting, r.restarts.Load()
 	snap := s.newest.Load()
 	if snap == nil {
 		return out
@@ -275,8 +276,8 @@ func (s *sidecar) status() statusReport {
 	for _, root := range snap.Roots().List {
 		out.RootList = append(out.RootList, statusRoot{root.Name, root.NotAfter})
 	}
-	out.Callers, out.Refusals = s.metrics.list(), s.proc.Refusals()
-	stats := s.endpointStats(ctx)
+	out.Callers, out.Refusals = s.metrics.list(), r.proc.Refusals()
+	stats := r.endpointStats(ctx)
 	out.Warnings = snap.Warnings()
 	for _, l := range snap.Upstreams() {
 		out.Upstreams = append(out.Upstreams, upstreamStatus(snap, l, st.Running, stats))
@@ -311,7 +312,7 @@ func servePage(mux *http.ServeMux) {
 }
 
 // endpointStats reads HAProxy's statistics of servers, by backend and server name.
-func (s *sidecar) endpointStats(ctx context.Context) map[string]map[string]string {
+func (s *running) endpointStats(ctx context.Context) map[string]map[string]string {
 	if !s.proc.Up() {
 		return nil
 	}
@@ -324,7 +325,7 @@ func (s *sidecar) endpointStats(ctx context.Context) map[string]map[string]strin
 }
 
 // haproxyStats reads `show stat`: of frontends (1), backends (2) or servers (4).
-func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]string, error) {
+func (s *running) haproxyStats(ctx context.Context, kind int) ([]map[string]string, error) {
 	out, err := s.proc.Do(ctx, fmt.Sprintf("show stat -1 %d -1", kind), nil)
 	if err != nil {
 		return nil, err
@@ -333,12 +334,13 @@ func (s *sidecar) haproxyStats(ctx context.Context, kind int) ([]map[string]stri
 }
 
 func (s *sidecar) config(w http.ResponseWriter, _ *http.Request) {
-	if phase := s.phase.Load(); phase == nil || *phase != "" || s.manager.Status().Running == nil {
+	run := s.running.Load()
+	if run == nil || run.manager.Status().Running == nil {
 		http.Error(w, "HAProxy has not taken a configuration yet", http.StatusServiceUnavailable)
 		return
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	printFiles(w, s.manager.Status().Running)
+	printFiles(w, run.manager.Status().Running)
 }
 
 // printFiles prints every file of a configuration but keys.
@@ -363,7 +365,7 @@ func printFiles(w io.Writer, c *render.Config) {
 }
 
 // transport reaches HAProxy's own pages, on a socket of the run directory.
-func (s *sidecar) transport() *http.Transport {
+func (s *running) transport() *http.Transport {
 	return &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", filepath.Join(s.dir, render.AdminSocket))
@@ -378,11 +380,12 @@ func (s *sidecar) stats() http.Handler {
 		},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if phase := s.phase.Load(); phase == nil || *phase != "" {
+		run := s.running.Load()
+		if run == nil {
 			http.Error(w, "HAProxy is not running yet", http.StatusServiceUnavailable)
 			return
 		}
-		t := s.transport()
+		t := run.transport()
 		defer t.CloseIdleConnections()
 		one := *p
 		one.Transport = t

@@ -23,7 +23,7 @@ const idleGrace = 3 * time.Second
 // drainInbound leaves the mesh, stops accepting callers and waits until their sessions have ended and
 // their kept connections are closed or long unused; the upstreams stay open meanwhile,
 // as the application needs them to finish.
-func (s *sidecar) drainInbound(ctx context.Context, id string) {
+func (s *running) drainInbound(ctx context.Context, id string) {
 	if !s.proc.Up() || s.conf.drain == 0 {
 		return
 	}
@@ -87,7 +87,7 @@ func (s *sidecar) drainInbound(ctx context.Context, id string) {
 }
 
 // quiet waits until callers have stopped calling.
-func (s *sidecar) quiet(ctx context.Context, fronts map[string]bool) {
+func (s *running) quiet(ctx context.Context, fronts map[string]bool) {
 	ctx, cancel := context.WithTimeout(ctx, leaveFor)
 	defer cancel()
 	t := time.NewTicker(20 * time.Millisecond)
@@ -111,7 +111,7 @@ func (s *sidecar) quiet(ctx context.Context, fronts map[string]bool) {
 
 // inboundUse is how many connections callers have open, and a text that changes with
 // each request of theirs.
-func (s *sidecar) inboundUse(ctx context.Context, fronts map[string]bool) (open int, requests string, err error) {
+func (s *running) inboundUse(ctx context.Context, fronts map[string]bool) (open int, requests string, err error) {
 	rows, err := s.haproxyStats(ctx, 1)
 	for _, row := range rows {
 		if fronts[row["pxname"]] {
@@ -123,7 +123,7 @@ func (s *sidecar) inboundUse(ctx context.Context, fronts map[string]bool) (open 
 	return open, requests, err
 }
 
-func (s *sidecar) inboundSessions(ctx context.Context, fronts map[string]bool) (n int, err error) {
+func (s *running) inboundSessions(ctx context.Context, fronts map[string]bool) (n int, err error) {
 	out, err := s.proc.Do(ctx, "show sess", nil)
 	if err != nil {
 		return 0, err

@@ -169,39 +169,41 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		ready = 1
 	}
 	gauge(m.ready, ready)
-	counter(m.restarts, s.restarts.Load())
-	if phase := s.phase.Load(); phase == nil || *phase != "" {
+	r := s.running.Load()
+	if r == nil {
+		counter(m.restarts, 0)
 		return
 	}
-	counter(m.refused, s.proc.Refusals())
+	counter(m.restarts, r.restarts.Load())
+	counter(m.refused, r.proc.Refusals())
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	gauge(m.oldWorkers, float64(s.oldWorkers(ctx)))
-	counter(m.revoked, s.revoke.ended.Load())
-	counter(m.revokeErrors, s.revoke.errors.Load())
+	gauge(m.oldWorkers, float64(r.oldWorkers(ctx)))
+	counter(m.revoked, r.revoke.ended.Load())
+	counter(m.revokeErrors, r.revoke.errors.Load())
 	pending := 0.0
-	if s.revoke.pending.Load() {
+	if r.revoke.pending.Load() {
 		pending = 1
 	}
 	gauge(m.revokePending, pending)
-	out, ejections := s.ejector.List()
+	out, ejections := r.ejector.List()
 	gauge(m.ejected, float64(len(out)))
 	counter(m.ejections, ejections)
-	gauge(m.draining, float64(s.manager.Status().Deleting))
-	st := s.manager.Status()
-	for _, r := range haproxy.Reasons { // also what has not happened: a rate needs a first value
-		counter(m.reloads, st.Reloads[r], string(r))
+	gauge(m.draining, float64(r.manager.Status().Deleting))
+	st := r.manager.Status()
+	for _, reason := range haproxy.Reasons { // also what has not happened: a rate needs a first value
+		counter(m.reloads, st.Reloads[reason], string(reason))
 	}
 	for _, stage := range haproxy.Stages {
 		counter(m.applyErrors, st.Errors[stage], stage)
 	}
 	counter(m.commands, st.Commands)
 	counter(m.drifts, st.Drifts)
-	for _, f := range s.source.Feeds() {
+	for _, f := range r.source.Feeds() {
 		counter(m.watchErrors, f.Errors, f.Name)
 	}
-	counter(m.held, s.source.Held())
-	for _, p := range s.tokens.Status() {
+	counter(m.held, r.source.Held())
+	for _, p := range r.tokens.Status() {
 		gauge(m.jwksKeys, float64(p.Keys), label(p.Provider))
 		counter(m.jwksErrors, p.Errors, label(p.Provider))
 	}
@@ -243,7 +245,8 @@ func (s *sidecar) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	plain := r.Clone(r.Context())
 	plain.Header.Set("Accept", "text/plain;version=0.0.4")
 	promhttp.HandlerFor(s.metrics.registry, promhttp.HandlerOpts{DisableCompression: true}).ServeHTTP(w, plain)
-	if phase := s.phase.Load(); phase == nil || *phase != "" {
+	run := s.running.Load()
+	if run == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), 10*time.Second)
@@ -252,7 +255,7 @@ func (s *sidecar) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return
 	}
-	t := s.transport()
+	t := run.transport()
 	defer t.CloseIdleConnections()
 	res, err := t.RoundTrip(req)
 	if err != nil {

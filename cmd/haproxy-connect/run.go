@@ -32,37 +32,48 @@ import (
 // urgent ends everything at once; the second signal calls hurry.
 var urgent, hurry = context.WithCancel(context.Background())
 
-// sidecar is one running sidecar: what the admin listener shows.
+// sidecar is one sidecar, as it is from the beginning.
 type sidecar struct {
 	conf    *config
 	app     *app // nil unless we run the application
 	log     *slog.Logger
 	out     io.Writer
 	errw    io.Writer
-	access  accessFile
-	begun   time.Time
-	binary  *process.Binary
-	account process.Account
-	dir     string
-	lock    *os.File
 	client  *consul.Client
+	metrics *metrics
+
+	phase    atomic.Pointer[string]  // what it waits for, while nothing runs
+	running  atomic.Pointer[running] // nil before everything in it is made
+	stopping atomic.Bool
+	stop     context.CancelCauseFunc
+	newest   atomic.Pointer[connect.Snapshot]
+	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
+}
+
+// running is a sidecar whose parts are all there. Who reads a sidecar gets all of them or none.
+type running struct {
+	*sidecar
+	place
 	source  *consul.Source
 	agent   *spoe.Agent
 	tokens  *jwt.Verifier
 	proc    *process.Process
 	manager *haproxy.Manager
 	dial    *dialer.Dialer // nil unless Go originates
-	metrics *metrics
+	revoke  *revocations
+	ejector *haproxy.Ejector
 
-	phase    atomic.Pointer[string] // what it waits for, "" once everything runs
-	stopping atomic.Bool
-	stop     context.CancelCauseFunc
-	newest   atomic.Pointer[connect.Snapshot]
-	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
+	access   accessFile
 	restarts atomic.Uint64
-	revoke   *revocations
-	ejector  *haproxy.Ejector
 	noticed  map[connect.Notice]bool
+}
+
+// place is where a sidecar runs, and as what.
+type place struct {
+	binary  *process.Binary
+	account process.Account
+	dir     string
+	lock    *os.File
 }
 
 func (s *sidecar) waiting(what string) { s.phase.Store(&what) }
@@ -99,7 +110,7 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return usageError{err}
 	}
-	s := &sidecar{app: newApp(app), conf: &c, log: c.logger(errw), out: out, errw: errw, begun: time.Now(), client: client, noticed: map[connect.Notice]bool{}}
+	s := &sidecar{app: newApp(app), conf: &c, log: c.logger(errw), out: out, errw: errw, client: client}
 	for _, w := range c.warnings {
 		s.log.Warn(w)
 	}
@@ -140,10 +151,11 @@ func (s *sidecar) run(ctx context.Context) error {
 }
 
 func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err error) {
-	if s.binary, err = process.Find(ctx, s.conf.haproxy); err != nil {
+	r := &running{sidecar: s, noticed: map[connect.Notice]bool{}}
+	if r.binary, err = process.Find(ctx, s.conf.haproxy); err != nil {
 		return usageError{err}
 	}
-	if s.account, err = process.WorkerAccount(s.conf.user); err != nil {
+	if r.account, err = process.WorkerAccount(s.conf.user); err != nil {
 		return usageError{err}
 	}
 	if err := checkFiles(s.conf, s.log); err != nil {
@@ -152,7 +164,7 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 
 	tested, testEnded := make(chan error, 1), make(chan struct{}) // beside the wait for Consul
 	testCtx, endTest := context.WithCancel(dataCtx)
-	go func() { defer close(testEnded); tested <- s.selfTest(testCtx) }()
+	go func() { defer close(testEnded); tested <- r.selfTest(testCtx) }()
 	defer func() { endTest(); <-testEnded }() // it leaves no directory behind
 
 	if s.conf.register {
@@ -183,14 +195,14 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 	}); err != nil {
 		return err
 	}
-	s.dir = s.conf.dir(id)
-	if err := process.PrepareDir(s.dir, s.account); err != nil {
+	r.dir = s.conf.dir(id)
+	if err := process.PrepareDir(r.dir, r.account); err != nil {
 		return err
 	}
-	if s.lock, err = lockDir(s.dir); err != nil {
+	if r.lock, err = lockDir(r.dir); err != nil {
 		return err
 	}
-	defer func() { s.lock.Close() }()
+	defer func() { r.lock.Close() }()
 
 	originator := render.Originator(s.conf.originator)
 	s.waiting("the self-test")
@@ -209,11 +221,11 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 	} else if originator == "auto" {
 		originator = render.Lua
 	}
-	return s.start(ctx, dataCtx, data, id, originator)
+	return r.start(ctx, dataCtx, data, id, originator)
 }
 
-// start wires the arrows of the design and waits for the end.
-func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
+// wire makes every part, and has those answer that HAProxy needs whatever happens.
+func (s *running) wire(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
 	f := s.binary.Version.Features()
 	renderer, err := render.New(s.conf.render(s.dir, s.account, s.binary, originator))
 	if err != nil {
@@ -229,8 +241,6 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	}
 	data.Go(func() error { return s.agent.Serve(dataCtx, ln) })
 
-	procCtx, endProc := context.WithCancel(dataCtx)
-	defer endProc()
 	s.proc = process.New(process.Config{
 		Binary: s.binary, Dir: s.dir, File: filepath.Join(s.dir, render.MainFile), Log: s.log, Line: s.accessLine,
 		Serving: func() {
@@ -264,8 +274,17 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	}
 	s.manager = haproxy.NewManager(conf)
 	s.source = consul.NewSource(s.client, id, s.log)
-	s.waiting("")
+	return nil
+}
 
+// start runs the parts and waits for the end.
+func (s *running) start(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
+	if err := s.wire(ctx, dataCtx, data, id, originator); err != nil {
+		return err
+	}
+	s.sidecar.running.Store(s)
+	procCtx, endProc := context.WithCancel(dataCtx)
+	defer endProc()
 	procDone := make(chan error, 1)
 	go func() { procDone <- s.proc.Run(procCtx) }()
 	control, controlCtx := errgroup.WithContext(ctx)
@@ -280,7 +299,7 @@ func (s *sidecar) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 		control.Go(func() error { s.runApp(controlCtx); return nil })
 	}
 	s.log.Info("sidecar starts", "proxy", id, "haproxy", s.binary.Version, "run_dir", s.dir, "agent", s.client.Addr())
-	err = control.Wait() // ctx ended, or a part failed
+	err := control.Wait() // ctx ended, or a part failed
 
 	s.stopping.Store(true)
 	notify("STOPPING=1")
@@ -312,7 +331,7 @@ func (s *sidecar) awaitReady(ctx context.Context) bool {
 
 // comeBack takes back, once callers can be served, what an earlier stop has left: see
 // drainInbound.
-func (s *sidecar) comeBack(ctx context.Context, id string) {
+func (s *running) comeBack(ctx context.Context, id string) {
 	if !s.awaitReady(ctx) {
 		return
 	}
@@ -332,7 +351,7 @@ func (s *sidecar) comeBack(ctx context.Context, id string) {
 }
 
 // publish takes a new snapshot: the policy is in force before anything else.
-func (s *sidecar) publish(snap *connect.Snapshot) {
+func (s *running) publish(snap *connect.Snapshot) {
 	old := s.newest.Swap(snap)
 	s.heard.Store(time.Now().UnixNano())
 	if policy := snap.Public().Policy(); policy != nil && (old == nil || old.Public().Policy() != policy) {
@@ -364,13 +383,13 @@ func (s *sidecar) publish(snap *connect.Snapshot) {
 	s.manager.Want(snap)
 }
 
-func (s *sidecar) denied(source string, d intentions.Decision) {
+func (s *running) denied(source string, d intentions.Decision) {
 	s.metrics.denied(source, d)
 	s.log.Warn("caller denied", "source", source, "destination", s.agent.Policy().Destination(), "rule", d.Rule, "reason", d.Reason)
 }
 
 // dialSlots tells the Go originator what each socket stands for.
-func (s *sidecar) dialSlots(c *render.Config) error {
+func (s *running) dialSlots(c *render.Config) error {
 	want := map[string]dialer.Endpoint{}
 	for name, t := range c.Slots {
 		t.Each(func(value string, n int) {
@@ -395,7 +414,7 @@ func (s *sidecar) retry(ctx context.Context, what string, try func(context.Conte
 }
 
 // selfTest proves the connectors on this binary, in a directory of its own.
-func (s *sidecar) selfTest(ctx context.Context) error {
+func (s *running) selfTest(ctx context.Context) error {
 	// Beside the run directories, which is the one place that must be writable.
 	base := s.conf.runDir
 	if base == "" {

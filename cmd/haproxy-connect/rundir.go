@@ -32,14 +32,14 @@ func slotsOnDisk(dir string) *render.Config {
 	return render.Slots(text)
 }
 
-func (s *sidecar) own(path string) error {
+func (s *running) own(path string) error {
 	if s.account.User == "" {
 		return nil
 	}
 	return os.Lchown(path, s.account.UID, s.account.GID)
 }
 
-func (s *sidecar) listenAuthz() (net.Listener, error) {
+func (s *running) listenAuthz() (net.Listener, error) {
 	path := filepath.Join(s.dir, render.AuthzSocket)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -83,7 +83,7 @@ func lockDir(dir string) (*os.File, error) {
 
 // restoreDir makes anew what somebody removed from the run directory: our own socket
 // and lock. What HAProxy has open of the old directory stays open.
-func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
+func (s *running) restoreDir(ctx context.Context, data *errgroup.Group) error {
 	if err := process.PrepareDir(s.dir, s.account); err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (s *sidecar) restoreDir(ctx context.Context, data *errgroup.Group) error {
 }
 
 // cleanDir removes what we wrote, and the directory if nothing else is in it.
-func (s *sidecar) cleanDir() error {
+func (s *running) cleanDir() error {
 	var err error
 	for _, name := range []string{"tls", "sock", "maps", render.MainFile, render.SPOEFile, lua.SpiffeFile, lua.DenyFile, "candidate.cfg", judgedFile, lockFile} {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, name)))

@@ -105,6 +105,35 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 		in.bind.Port = 0
 	}
 
+	in.timeouts(k)
+	if most := k.int(0, 0, 1<<30, "max_inbound_connections"); most > 0 {
+		in.most = &most
+	}
+	k.balance("balance_inbound_connections") // HAProxy spreads connections over its threads anyway
+	in.forwardFor = k.bool(false, "enable_forwardfor")
+	if h := k.string("appname_header"); h != "" {
+		if headerName(h) {
+			in.callerHeader = h
+		} else {
+			k.bad("appname_header", h, "a header's name")
+		}
+	}
+	in.unsecured = k.int(0, 1, 65535, "unsecured_bind_port")
+	in.telemetry = telemetry(k)
+	k.rest()
+
+	in.paths(p.Expose.Paths, n)
+	in.checks = p.Expose.Checks
+	if p.Mode == api.ProxyModeTransparent {
+		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
+	}
+	in.accessLog = accessLog(p.AccessLogs, n)
+	in.apart(n)
+	return in
+}
+
+// timeouts reads those toward the application.
+func (in *inbound) timeouts(k *keys) {
 	in.connect = nonZero(k.ms(defaultConnect, "local_connect_timeout_ms"), defaultConnect)
 	if _, _, ok := k.get("connect_timeout"); ok { // the old program's key
 		in.connect = k.duration(in.connect, "connect_timeout")
@@ -129,23 +158,12 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 		idle = defaultHTTPIdle
 	}
 	in.idle = nonZero(k.ms(idle, "local_idle_timeout_ms"), maxDuration)
-	if most := k.int(0, 0, 1<<30, "max_inbound_connections"); most > 0 {
-		in.most = &most
-	}
-	k.balance("balance_inbound_connections") // HAProxy spreads connections over its threads anyway
-	in.forwardFor = k.bool(false, "enable_forwardfor")
-	if h := k.string("appname_header"); h != "" {
-		if headerName(h) {
-			in.callerHeader = h
-		} else {
-			k.bad("appname_header", h, "a header's name")
-		}
-	}
-	in.unsecured = k.int(0, 1, 65535, "unsecured_bind_port")
-	in.telemetry = telemetry(k)
-	k.rest()
+}
 
-	for _, e := range p.Expose.Paths {
+// paths reads expose.paths.
+func (in *inbound) paths(list []api.ExposePath, n *connect.Notices) {
+	const where = "proxy"
+	for _, e := range list {
 		x := exposed{path: e.Path, app: e.LocalPathPort, port: e.ListenerPort, protocol: connect.HTTP}
 		if proto, ok := connect.ParseProtocol(e.Protocol); ok && proto == connect.HTTP2 {
 			x.protocol = connect.HTTP2
@@ -161,13 +179,6 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 	slices.SortFunc(in.expose, func(a, b exposed) int {
 		return cmp.Or(a.port-b.port, strings.Compare(a.path, b.path))
 	})
-	in.checks = p.Expose.Checks
-	if p.Mode == api.ProxyModeTransparent {
-		n.Add(where, "mode", string(p.Mode), "transparent proxying of upstreams is not supported; declare each upstream with a port")
-	}
-	in.accessLog = accessLog(p.AccessLogs, n)
-	in.apart(n)
-	return in
 }
 
 // apart takes away listeners that meet another one of the service: half of the connections
