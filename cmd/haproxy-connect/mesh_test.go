@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/cmd/haproxy-connect/internal/scripttest"
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
@@ -24,8 +24,6 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/process"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
-
-var update = flag.Bool("update", false, "write what the tests get as what they expect")
 
 const meshDomain = "11111111-2222-3333-4444-555555555555.consul"
 
@@ -104,16 +102,16 @@ func TestMesh(t *testing.T) {
 				text, ok := got[f.Name]
 				switch {
 				case !ok:
-				case *update:
+				case *scripttest.Update:
 					f.Data = []byte(text)
 				default:
 					require.Equal(t, string(f.Data), text)
 				}
 			}
-			if *update {
+			if *scripttest.Update {
 				require.NoError(t, os.WriteFile(file, txtar.Format(ar), 0o644))
 			}
-			for version, path := range versions(t) {
+			for version, path := range scripttest.Versions(t) {
 				checkConfig(t, version, path, snap)
 			}
 		})
@@ -147,7 +145,7 @@ func checkConfig(t *testing.T, version, path string, snap *connect.Snapshot) {
 	require.NoError(t, err)
 	for _, originator := range []render.Originator{render.Lua, render.Go} {
 		for _, log := range []render.AccessLog{render.LogOff, render.LogJSON} {
-			dir := shortDir(t)
+			dir := scripttest.ShortDir(t)
 			conf := (&config{threads: 2, maxConn: 4096, accessLog: string(log)}).render(dir, process.Account{}, bin, originator)
 			r, err := render.New(conf)
 			require.NoError(t, err)

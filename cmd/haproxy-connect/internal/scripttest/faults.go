@@ -1,4 +1,4 @@
-package main
+package scripttest
 
 import (
 	"bytes"
@@ -22,11 +22,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"github.com/stretchr/testify/require"
 )
 
 // between is an HTTP proxy before Consul's agent that a script can make misbehave.
@@ -415,20 +413,6 @@ func (w *world) cmdNotified(ts *testscript.TestScript, _ bool, args []string) {
 		return
 	}
 	w.cmdLog(ts, false, []string{"systemd", args[0]})
-}
-
-// TestUnit: systemd itself takes the unit, and finds it closed enough.
-func TestUnit(t *testing.T) {
-	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "haproxy-connect@.service"))
-	require.NoError(t, err)
-	dir := t.TempDir()
-	file := filepath.Join(dir, "haproxy-connect@web.service")
-	// The binary need not be installed here.
-	require.NoError(t, os.WriteFile(file, bytes.ReplaceAll(unit, []byte("/usr/local/bin/haproxy-connect"), []byte("/bin/true")), 0o644))
-	for _, args := range [][]string{{"verify", "--man=no", file}, {"security", "--offline=yes", "--threshold=20", "--no-pager", file}} {
-		out, err := exec.Command("systemd-analyze", args...).CombinedOutput()
-		require.NoError(t, err, "systemd-analyze %v: %s", args, out)
-	}
 }
 
 // json-lines NAME: every line of the sidecar's access log is JSON, and there are some.

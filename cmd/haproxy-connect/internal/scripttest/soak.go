@@ -1,4 +1,4 @@
-package main
+package scripttest
 
 import (
 	"cmp"
@@ -32,15 +32,15 @@ var (
 	soakSeed = flag.Uint64("seed", 0, "what TestSoak draws from; 0 for a new one, which is printed")
 )
 
-// TestSoak tries to break a small mesh: see testdata/soak. What it does is printed, and
+// Soak tries to break a small mesh: see testdata/soak. What it does is printed, and
 // -seed does it again in the same order.
-func TestSoak(t *testing.T) {
+func Soak(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs Consul and HAProxy")
 	}
 	consul := need(t, consulPath())
 	version := cmp.Or(*onlyHAProxy, "3.2")
-	path := versions(t)[version]
+	path := Versions(t)[version]
 	t.Parallel() // with the scripts
 	testscript.Run(t, testscript.Params{
 		Dir:   filepath.Join("..", "..", "testdata", "soak"),

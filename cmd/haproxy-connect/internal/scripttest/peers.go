@@ -1,4 +1,4 @@
-package main
+package scripttest
 
 import (
 	"bufio"
@@ -522,7 +522,7 @@ func (w *world) table(ts *testscript.TestScript) {
 	for line := range strings.Lines(b.String()) {
 		fmt.Print("measured: ", line)
 	}
-	if *update {
+	if *Update {
 		intoReadme(ts, "peers", b.String())
 		writePlot(ts, "latency.svg", plot{title: "p99 against load (both hops, 32 connections)", x: "requests per second", y: "ms", lines: lines})
 	}

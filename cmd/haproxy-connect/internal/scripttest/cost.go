@@ -1,4 +1,4 @@
-package main
+package scripttest
 
 import (
 	"encoding/json"
@@ -127,7 +127,7 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 	for line := range strings.Lines(table.String()) {
 		fmt.Printf("measured: HAProxy %s: %s", w.version, line)
 	}
-	if *update {
+	if *Update {
 		intoReadme(ts, "scale", table.String())
 		var lines []series
 		for _, i := range []int{0, 1, 4, 5} {

@@ -1,0 +1,37 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/haproxy-connect/haproxy-connect/cmd/haproxy-connect/internal/scripttest"
+	"github.com/stretchr/testify/require"
+)
+
+func TestMain(m *testing.M) { scripttest.Main(m, main) }
+
+// The scripts are in testdata; what they can do is in internal/scripttest.
+func TestScripts(t *testing.T) { scripttest.Scripts(t) }
+
+func TestUsage(t *testing.T) { scripttest.Usage(t) }
+
+func TestMeasure(t *testing.T) { scripttest.Measure(t) }
+
+func TestSoak(t *testing.T) { scripttest.Soak(t) }
+
+// TestUnit: systemd itself takes the unit, and finds it closed enough.
+func TestUnit(t *testing.T) {
+	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "haproxy-connect@.service"))
+	require.NoError(t, err)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "haproxy-connect@web.service")
+	// The binary need not be installed here.
+	require.NoError(t, os.WriteFile(file, bytes.ReplaceAll(unit, []byte("/usr/local/bin/haproxy-connect"), []byte("/bin/true")), 0o644))
+	for _, args := range [][]string{{"verify", "--man=no", file}, {"security", "--offline=yes", "--threshold=20", "--no-pager", file}} {
+		out, err := exec.Command("systemd-analyze", args...).CombinedOutput()
+		require.NoError(t, err, "systemd-analyze %v: %s", args, out)
+	}
+}
