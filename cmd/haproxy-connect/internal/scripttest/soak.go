@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -114,6 +116,7 @@ var happenings = []happening{
 			return nil
 		})
 	}},
+	{"chains", 6, false, (*soak).chain},
 	{"inbound settings", 2, false, func(s *soak) { s.run("register", s.pick("api.json", "api2.json", "db.json", "db2.json")) }},
 	{"agent in trouble", 4, false, func(s *soak) {
 		s.run("fault", s.pick("429", "500", "403", "half", "slow", "skew"))
@@ -414,4 +417,39 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 	s.eventually("what was held is let go", worse)
 	fmt.Printf("soak: HAProxy %s: %v; %d+%d calls, %d intrusions refused, slowest step %s; held before %+v, after %+v\n", w.version, s.took,
 		w.loads["api"].good.Load(), w.loads["db"].good.Load(), tries.Load(), s.slow.Round(time.Millisecond), before, after)
+}
+
+// chains are config entries of every kind that makes one; each leads to the same services.
+var chains = map[string][]string{
+	"service-router/api": {
+		`"Routes":[{"Match":{"HTTP":{"PathPrefix":"/","Methods":["POST"]}},"Destination":{"RequestHeaders":{"Set":{"x-token":"posted"}}}},{"Match":{"HTTP":{"PathRegex":"/.*"}},"Destination":{"NumRetries":2,"RetryOnConnectFailure":true,"RequestTimeout":"14s"}}]`,
+		`"Routes":[{"Match":{"HTTP":{"PathExact":"/"}},"Destination":{"PrefixRewrite":"/other"}}]`,
+	},
+	"service-splitter/api": {
+		`"Splits":[{"Weight":50,"RequestHeaders":{"Set":{"x-token":"a"}}},{"Weight":50,"RequestHeaders":{"Set":{"x-token":"b"}}}]`,
+		`"Splits":[{"Weight":1,"RequestHeaders":{"Set":{"x-token":"a"}}},{"Weight":99,"RequestHeaders":{"Set":{"x-token":"b"}}}]`,
+	},
+	"service-resolver/api": {
+		`"LoadBalancer":{"Policy":"maglev","HashPolicies":[{"SourceIP":true}]}`,
+		`"LoadBalancer":{"Policy":"least_request"},"RequestTimeout":"14s"`,
+		`"ConnectTimeout":"4s"`,
+	},
+	"service-resolver/db": {`"ConnectTimeout":"4s"`, `"ConnectTimeout":"6s"`},
+}
+
+// chain writes or deletes one of the entries.
+func (s *soak) chain() {
+	which := s.pick(slices.Sorted(maps.Keys(chains))...)
+	kind, name, _ := strings.Cut(which, "/")
+	list := chains[which]
+	n := s.r.IntN(len(list) + 1)
+	var err error
+	if n == len(list) {
+		_, err = s.w.call(http.MethodDelete, "/v1/config/"+which, nil)
+	} else {
+		_, err = s.w.call(http.MethodPut, "/v1/config", fmt.Appendf(nil, `{"Kind":%q,"Name":%q,%s}`, kind, name, list[n]))
+	}
+	s.ts.Check(err)
+	s.traffic()
+	s.settled()
 }
