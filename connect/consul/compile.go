@@ -80,7 +80,7 @@ func (d *declared) compile(c *chain, own string) (*compiled, error) {
 func (c *compiler) name() {
 	names := map[connect.GroupName]connect.GroupName{}
 	for _, g := range c.groups {
-		name := connect.GroupName(c.up.name + ".to." + string(g.targets[0].name()))
+		name := connect.GroupName(c.up.name + ":to:" + string(g.targets[0].name())) // a colon is in no name that Consul chose
 		if len(c.groups) == 1 {
 			name = c.up.group
 		}

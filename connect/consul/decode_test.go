@@ -122,3 +122,21 @@ func FuzzRegistration(f *testing.F) {
 		}
 	})
 }
+
+// Whatever services are called, no two upstreams share a listener or a group.
+func TestUpstreamsAreApart(t *testing.T) {
+	s := &api.AgentService{Port: 21000, Datacenter: "dc1", Proxy: &api.AgentServiceConnectProxyConfig{LocalServicePort: 8080}}
+	for i, u := range []api.Upstream{{DestinationName: "api"}, {DestinationName: "api", Datacenter: "dc1"}, {DestinationName: "api_2"}, {DestinationName: "api", Datacenter: "dc2"}, {DestinationName: "api.dc2"},
+		{DestinationName: "x.query"}, {DestinationName: "x", DestinationType: api.UpstreamDestTypePreparedQuery}, {DestinationName: "api_2_2"}} {
+		u.LocalBindPort = 9000 + i
+		s.Proxy.Upstreams = append(s.Proxy.Upstreams, u)
+	}
+	var n connect.Notices
+	names, groups := map[string]bool{}, map[connect.GroupName]bool{}
+	for _, d := range upstreams(s, nil, &n) {
+		names[d.name], groups[d.group] = true, true
+	}
+	require.Empty(t, n)
+	require.Len(t, names, len(s.Proxy.Upstreams), "%v", names)
+	require.Len(t, groups, len(s.Proxy.Upstreams), "%v", groups)
+}

@@ -35,7 +35,7 @@ type declared struct {
 // with a notice; the others stay. own is what the public side listens on.
 func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*declared {
 	var out []*declared
-	used := map[connect.GroupName]int{}
+	used := map[string]bool{} // names of listeners, and after a zero byte of groups
 	taken := map[int][]connect.Bind{}
 	for _, b := range own {
 		taken[b.Port] = append(taken[b.Port], b)
@@ -95,11 +95,11 @@ func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*d
 		if d.other {
 			d.name += "." + connect.SafeName(d.dc)
 		}
-		if used[d.group]++; used[d.group] > 1 {
-			again := fmt.Sprintf("_%d", used[d.group])
-			d.name += again
-			d.group += connect.GroupName(again)
+		for again, first := 2, *d; used[d.name] || used["\x00"+string(d.group)]; again++ {
+			d.name = fmt.Sprintf("%s_%d", first.name, again)
+			d.group = connect.GroupName(fmt.Sprintf("%s_%d", first.group, again))
 		}
+		used[d.name], used["\x00"+string(d.group)] = true, true
 		out = append(out, d)
 	}
 	slices.SortFunc(out, func(a, b *declared) int { return strings.Compare(a.name, b.name) })

@@ -130,7 +130,8 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	guard.Normalize, guard.SanitizeXFCC = mesh.decode(&notices)
 
 	now := k.nouns.next()
-	checks, _ := heard[[]exposed](st, c.checks(k.service.Proxy.DestinationServiceID).key)
+	checks, haveChecks := heard[[]exposed](st, c.checks(k.service.Proxy.DestinationServiceID).key)
+	slow = slow || k.inbound.checks && !haveChecks
 	k.inbound.add(now, guard, k.permissive(st), checks)
 	for _, d := range k.declared {
 		u := k.upstreams[d.name]

@@ -48,12 +48,13 @@ func frontendName(l *connect.Listener) string {
 	return l.Name
 }
 
-// backendName is that of one target of a group, which is in it at this place.
+// backendName is that of one target of a group, which is in it at this place. A colon is in
+// no name that Consul chose.
 func backendName(g *connect.Group, place int) string {
 	if place == 0 {
 		return string(g.Name)
 	}
-	return fmt.Sprintf("%s.or.%s", g.Name, g.Targets[place])
+	return fmt.Sprintf("%s:or:%s", g.Name, g.Targets[place])
 }
 
 // Guarded reports whether a session of this frontend and backend is of a caller who must be

@@ -28,10 +28,10 @@ func (v *variant) key() string { return fmt.Sprint(v.suffix(), v.timed, v.limit)
 func (v *variant) suffix() string {
 	out := ""
 	if v.retry != nil {
-		out += ".r" + digest(fmt.Sprint(*v.retry))[:8]
+		out += ":r" + digest(fmt.Sprint(*v.retry))[:8]
 	}
 	if v.total {
-		out += ".total"
+		out += ":total"
 	}
 	return out
 }
