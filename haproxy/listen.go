@@ -43,13 +43,13 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 			less.Listeners = append(less.Listeners, l)
 			continue
 		}
-		if !l.Role.Callers() {
-			if m.excluded[l].err == nil {
-				if m.taken == nil {
-					m.taken = map[*connect.Listener]bool{}
-				}
-				m.taken[l] = true
+		if m.excluded[l].err == nil {
+			if m.taken == nil {
+				m.taken = map[*connect.Listener]bool{}
 			}
+			m.taken[l] = true
+		}
+		if !l.Role.Callers() {
 			taken = append(taken, &render.Refused{Listener: l, Err: err})
 			continue
 		}

@@ -199,8 +199,12 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	counter(m.commands, st.Commands)
 	counter(m.drifts, st.Drifts)
+	watches := map[string]uint64{} // two may ask about the same in two ways
 	for _, f := range r.source.Feeds() {
-		counter(m.watchErrors, f.Errors, f.Name)
+		watches[f.Name] += f.Errors
+	}
+	for name, errors := range watches {
+		counter(m.watchErrors, errors, name)
 	}
 	counter(m.held, r.source.Held())
 	for _, p := range r.tokens.Status() {

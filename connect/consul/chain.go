@@ -145,13 +145,7 @@ func (c *Client) chain(d *declared) watch {
 	opts := &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc, OverrideProtocol: string(d.protocol), OverrideConnectTimeout: d.connect}
 	about := "chain\x00" + d.service + "\x00" + d.dc
 	name := "chain of " + destination{service: d.service, dc: d.dc, other: d.other}.said()
-	if d.protocol != "" {
-		name += " as " + string(d.protocol)
-	}
-	if d.connect > 0 {
-		name += " in " + d.connect.String()
-	}
-	return watch{key: fmt.Sprintf("%s\x00%s\x00%s", about, d.protocol, d.connect), name: name,
+	return watch{key: fmt.Sprintf("%s\x00%s\x00%s", about, d.protocol, d.connect), subject: about, name: name,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			var body bytes.Buffer
 			got, meta, err := c.api.DiscoveryChain().Get(d.service, opts, cur.cached(context.WithValue(ctx, bodyKey{}, &body)))

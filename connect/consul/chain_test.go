@@ -82,3 +82,15 @@ func FuzzChain(f *testing.F) {
 		}
 	})
 }
+
+// An upstream that asks in another way loses nothing of what is known meanwhile.
+func TestAnotherQuestionLosesNothing(t *testing.T) {
+	m := newMesh(t)
+	m.run()
+	m.until("two endpoints", count(2))
+	m.agent.Set("/v1/discovery-chain/db", `broken`)
+	m.agent.Set("/v1/agent/service/www-proxy", `{"Kind":"connect-proxy","ID":"www-proxy","Port":21000,"Datacenter":"dc1","ContentHash":"2",
+		"Proxy":{"DestinationServiceName":"www","LocalServicePort":8080,"Upstreams":[{"DestinationName":"db","LocalBindPort":1,"Config":{"connect_timeout_ms":1234}}]}}`)
+	s := m.until("another timeout", func(s *connect.Snapshot) bool { return group(s, 0).Connect == 1234*time.Millisecond })
+	require.Len(t, target(s, 0).Endpoints, 2)
+}

@@ -91,25 +91,27 @@ func (st *state) set(a *answer, v any) {
 	a.value, a.turn = v, st.turn
 }
 
-// sync starts every watch that is wanted and does not run, and stops those that are not
-// wanted any more, until an answer that is taken over wants nothing more.
+// sync starts every watch that is wanted and does not run, until an answer that is taken over
+// wants nothing more, and then stops those that are not wanted any more: what is asked about in
+// another way now must still be known by then.
 func (s *Source) sync(ctx context.Context, st *state, wants func() []watch) {
+	var wanted map[string]bool
 	for st.shaped = true; st.shaped; {
 		st.shaped = false
 		list := wants()
-		wanted := make(map[string]bool, len(list))
+		wanted = make(map[string]bool, len(list))
 		for i := range list {
 			wanted[list[i].key] = true
 			if st.answers[list[i].key] == nil {
 				s.start(ctx, st, list[i])
 			}
 		}
-		for key, a := range st.answers {
-			if !wanted[key] {
-				a.cancel()
-				delete(st.answers, key)
-				st.dirty = true
-			}
+	}
+	for key, a := range st.answers {
+		if !wanted[key] {
+			a.cancel()
+			delete(st.answers, key)
+			st.dirty = true
 		}
 	}
 }
