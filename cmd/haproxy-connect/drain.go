@@ -4,10 +4,10 @@ import (
 	"context"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
+	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
 // Times of a drain.
@@ -128,11 +128,9 @@ func (s *running) inboundSessions(ctx context.Context, fronts map[string]bool) (
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(out) {
-		for f := range fronts {
-			if strings.Contains(line, " fe="+f+" ") {
-				n++
-			}
+	for _, one := range runtimeapi.ParseSessions(out) {
+		if fronts[one.Frontend] {
+			n++
 		}
 	}
 	return n, nil

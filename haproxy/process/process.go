@@ -361,13 +361,7 @@ func (p *Process) pid(ctx context.Context, do func(context.Context, string) (str
 	if err != nil {
 		return 0, err
 	}
-	pid := 0
-	for line := range strings.Lines(out) {
-		if rest, ok := strings.CutPrefix(line, "Pid: "); ok {
-			fmt.Sscan(rest, &pid)
-		}
-	}
-	return pid, nil
+	return runtimeapi.ParsePID(out), nil
 }
 
 // Reload lets a new worker take over with the configuration on disk; the old one

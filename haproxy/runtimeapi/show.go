@@ -179,3 +179,14 @@ func ParseMap(text string) map[string]string {
 	}
 	return entries
 }
+
+// ParsePID reads the process of `show info`; 0 is an answer without one.
+func ParsePID(text string) int {
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(line, "Pid: "); ok {
+			pid, _ := strconv.Atoi(strings.TrimSpace(rest))
+			return max(pid, 0)
+		}
+	}
+	return 0
+}

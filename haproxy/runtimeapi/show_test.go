@@ -49,6 +49,12 @@ func TestShow(t *testing.T) {
 	require.Equal(t, []map[string]string{{"pxname": "public", "svname": "FRONTEND", "status": "OPEN"}, {"pxname": "api", "svname": "e,1"}}, rows)
 	_, err = ParseStats("")
 	require.Error(t, err)
+	require.Equal(t, map[string]bool{"api/n1": true}, ParseServers("1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight\n3 api 1 n1 10.0.0.1 2 0 1 1 5\n3 api\n"))
+	require.Equal(t, map[string]string{"1001": "10.0.0.1|2|spiffe://x y", "k": "v"}, ParseMap("0x55d 1001 10.0.0.1|2|spiffe://x y\n0x55e k v\n\nbroken\n"))
+	require.Equal(t, "0A1B", ParseCertificate("Filename: x\nStatus: Used\nSerial: 0A1B\nnotBefore: y\n"))
+	require.Empty(t, ParseCertificate("no"))
+	require.Equal(t, 42, ParsePID("Name: HAProxy\nPid: 42\nUptime: 0d\n"))
+	require.Zero(t, ParsePID("Pid: -1\n"))
 }
 
 // Whatever a worker prints, nothing but a number becomes part of a command.
@@ -70,6 +76,19 @@ func FuzzShow(f *testing.F) {
 		}
 		if ParseDetail(text).Status < 0 {
 			t.Fatalf("%q: a negative status", text)
+		}
+		for name := range ParseServers(text) {
+			if !strings.Contains(name, "/") || strings.ContainsAny(name, " \n") {
+				t.Fatalf("%q: the server %q", text, name)
+			}
+		}
+		for key := range ParseMap(text) {
+			if strings.ContainsAny(key, " \n") {
+				t.Fatalf("%q: the key %q", text, key)
+			}
+		}
+		if strings.Contains(ParseCertificate(text), "\n") {
+			t.Fatalf("%q: a serial number of two lines", text)
 		}
 		rows, err := ParseStats(text)
 		for _, r := range rows {
