@@ -35,6 +35,7 @@ const (
 	Start     Reason = "start"
 	Structure Reason = "structure" // a listener, protocol, timeout, limit or target
 	Upstreams Reason = "upstreams" // one was added or removed
+	Routes    Reason = "routes"    // a chain leads to other backends
 	RootsCA   Reason = "roots"     // on versions that cannot change them live
 	SlotsFull Reason = "slots"     // more endpoints of HTTP upstreams than sockets
 	Repair    Reason = "repair"    // a command failed, or HAProxy had drifted
@@ -42,7 +43,7 @@ const (
 )
 
 // Reasons are all of them.
-var Reasons = []Reason{Start, Structure, Upstreams, RootsCA, SlotsFull, Repair, Inbound}
+var Reasons = []Reason{Start, Structure, Upstreams, Routes, RootsCA, SlotsFull, Repair, Inbound}
 
 // Kind says what a command is for; the order of Kinds is the order of a Plan.
 type Kind int
@@ -170,7 +171,7 @@ func structure(running, want *render.Config) Plan {
 		have[s.ID] = s
 	}
 	var added, changed []string
-	reason := Structure
+	reason, listeners := Structure, false
 	same := len(running.Sections) == len(want.Sections)
 	for i, s := range want.Sections {
 		old := have[s.ID]
@@ -178,6 +179,7 @@ func structure(running, want *render.Config) Plan {
 		switch {
 		case old == nil:
 			added = append(added, s.Title())
+			listeners = listeners || s.Listener != ""
 		case old.Head != s.Head:
 			changed = append(changed, s.Title())
 			if s.Role.Callers() {
@@ -189,6 +191,7 @@ func structure(running, want *render.Config) Plan {
 	var gone []string
 	for _, s := range have {
 		gone = append(gone, s.Title())
+		listeners = listeners || s.Listener != ""
 	}
 	slices.Sort(gone)
 	for class, t := range want.Slots {
@@ -198,7 +201,10 @@ func structure(running, want *render.Config) Plan {
 	}
 	switch {
 	case len(added)+len(gone) > 0:
-		return Plan{Reload: Upstreams, Detail: detail(list("added", added), list("removed", gone), list("changed", changed))}
+		if reason = Routes; listeners {
+			reason = Upstreams
+		}
+		return Plan{Reload: reason, Detail: detail(list("added", added), list("removed", gone), list("changed", changed))}
 	case len(changed) > 0:
 		return Plan{Reload: reason, Detail: list("changed", changed)}
 	case !same:
