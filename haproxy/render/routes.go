@@ -299,9 +299,29 @@ func (n *naming) route(r *connect.Route, number int) {
 		when = append(when, "!{ var(txn.route) -m found }")
 	}
 	if when = append(when, n.conditions(&r.Match)...); len(when) > 0 {
-		set += " if " + strings.Join(when, " ")
+		set += " if " + n.all(when)
 	}
 	n.b.add("%s", set)
+}
+
+// mostWords is how many words of conditions a line may have: HAProxy takes 64 in all.
+const mostWords = 48
+
+// all is conditions that hold at once. What is too long for a line is put into a variable
+// first.
+func (n *naming) all(when []string) string {
+	var line []string
+	words, parts := 0, 0
+	for _, c := range when {
+		if more := len(strings.Fields(c)); words+more > mostWords && len(line) > 0 {
+			v := fmt.Sprintf("txn.m%d", parts)
+			n.b.add("http-request unset-var(%s)", v)
+			n.b.add("%s", fmt.Sprintf("http-request set-var(%s) bool(true) if %s", v, strings.Join(line, " ")))
+			line, words, parts = []string{"{ var(" + v + ") -m bool }"}, 6, parts+1
+		}
+		line, words = append(line, c), words+len(strings.Fields(c))
+	}
+	return strings.Join(line, " ")
 }
 
 // conditions are all that must hold.

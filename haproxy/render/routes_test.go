@@ -1,0 +1,79 @@
+package render
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/connect/connecttest"
+)
+
+// However many conditions a route has, no line has more words than HAProxy takes.
+func TestManyConditions(t *testing.T) {
+	p := newIdentity(t)
+	w := p.upstream("api", connect.HTTP, 9000, 1)
+	one := w.Listener.Branches[0].Chain.Routes[0]
+	many := one
+	for i := range 40 {
+		many.Match.Headers = append(many.Match.Headers, connect.HeaderMatch{Name: fmt.Sprintf("h%d", i), Exact: "v", Invert: i%2 == 0})
+		many.Match.Query = append(many.Match.Query, connect.QueryMatch{Name: fmt.Sprintf("q%d", i), Present: true})
+	}
+	w.Listener.Branches[0].Chain.Routes = []connect.Route{many, many, one}
+	c := mustRender(t, p.alone(w), Options{}, nil)
+	text := c.Find(Frontend, "up_api").Head
+	for line := range strings.Lines(text) {
+		require.LessOrEqual(t, len(strings.Fields(line)), 64, line)
+	}
+	require.Equal(t, 2, strings.Count(text, "set-var(txn.route) int(1)")+strings.Count(text, "set-var(txn.route) int(2)"))
+	require.Equal(t, 160, strings.Count(text, " -- 'v' }")+strings.Count(text, "query -m reg"))
+}
+
+// Cuts divide 2^32 as the weights say, whatever their sum.
+func TestCuts(t *testing.T) {
+	split := func(weights ...int) (out []connect.Split) {
+		for _, w := range weights {
+			out = append(out, connect.Split{Weight: w})
+		}
+		return out
+	}
+	require.Empty(t, cuts(split(10000)))
+	require.Equal(t, "2147483648", cuts(split(5000, 5000)))
+	require.Equal(t, "0", cuts(split(0, 10000)))
+	require.Equal(t, "4294967296", cuts(split(10000, 0)))
+	require.Equal(t, "429539|859079", cuts(split(1, 1, 9997)))
+	require.Equal(t, "", cuts(split(0, 0)))
+}
+
+// What a map of routes says belongs to just these routes: other conditions read other
+// entries, other weights the same ones.
+func TestRoutesReadTheirOwnEntries(t *testing.T) {
+	p := newIdentity(t)
+	with := func(path string, weight int) connecttest.Way {
+		return p.upstream("api", connect.HTTP, 9000, 1).But(func(w *connecttest.Way) {
+			g := w.Group.Name
+			w.Listener.Branches[0].Chain.Routes = []connect.Route{
+				{Match: connect.HTTPMatch{PathExact: path}, Splits: []connect.Split{{Weight: weight, Group: g}, {Weight: 100 - weight, Group: g}}}, connect.Direct(g).Routes[0]}
+		})
+	}
+	keys := func(c *Config) (out []string) {
+		for _, e := range c.Maps[WaysMap].Entries {
+			out = append(out, e.Key)
+		}
+		return out
+	}
+	first := mustRender(t, p.alone(with("/a", 10)), Options{}, nil)
+	heavier := mustRender(t, p.alone(with("/a", 90)), Options{}, first)
+	require.Equal(t, first.Find(Frontend, "up_api").Head, heavier.Find(Frontend, "up_api").Head, "weights need no reload")
+	require.Equal(t, keys(first), keys(heavier))
+	require.NotEqual(t, first.Maps[LegsMap].Text(), heavier.Maps[LegsMap].Text())
+	other := mustRender(t, p.alone(with("/b", 10)), Options{}, first)
+	for _, key := range keys(other) {
+		require.NotContains(t, keys(first), key)
+	}
+	merged := Merge(first, other)
+	require.Equal(t, first.Maps[WaysMap].Text(), merged.Maps[WaysMap].Text(), "until the reload what runs reads what it read")
+	require.Equal(t, first.Maps[LegsMap].Text(), merged.Maps[LegsMap].Text())
+}
