@@ -24,7 +24,7 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 	if m.running == nil || m.broken || !m.conf.Proxy.Up() {
 		return nil
 	}
-	if own := render.BundleFile(connect.OwnBundle); !m.conf.Can.CACommit && m.running.Bundles[own].Fingerprint != want.Bundles[own].Fingerprint {
+	if own := render.BundleFile(connect.OwnBundle); !m.conf.Features.CACommit && m.running.Bundles[own].Fingerprint != want.Bundles[own].Fingerprint {
 		now := *snap
 		now.Bundles = maps.Clone(snap.Bundles)
 		now.Bundles[connect.OwnBundle] = m.running.Bundles[own] // what is verified meanwhile is verified by these
@@ -34,7 +34,7 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 		}
 	}
 	part := render.Merge(m.running, want)
-	plan := NewPlan(m.running, part, m.conf.Can)
+	plan := NewPlan(m.running, part, m.conf.Features)
 	if plan.Reload != "" || plan.Empty() {
 		return nil
 	}

@@ -22,7 +22,7 @@ import (
 // for it (passive_health_check): the time out grows with each ejection, a share of the
 // endpoints is ejected at most, and one of them always stays.
 type Ejector struct {
-	Do      Worker                // on the current worker
+	Do      Runner                // on the current worker
 	Running func() *render.Config // what HAProxy runs, nil before it does
 	Twice   bool                  // the version counts an answer that never came twice (3.0+)
 	Log     *slog.Logger

@@ -38,7 +38,7 @@ type Config struct {
 	Dir      string
 	Renderer renderer
 	Proxy    proxy
-	Can      Can
+	Features Features
 	Log      *slog.Logger
 	// Inherited are the slots of a predecessor's HAProxy that still runs, or nil.
 	Inherited *render.Config
@@ -307,7 +307,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.D
 			return 0, err
 		}
 	}
-	plan := NewPlan(m.running, want, m.conf.Can)
+	plan := NewPlan(m.running, want, m.conf.Features)
 	if plan.Reload == "" && (m.broken || !m.conf.Proxy.Up()) {
 		plan = Plan{Reload: Repair, Detail: "the state of HAProxy is not known"}
 	}

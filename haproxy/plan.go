@@ -124,11 +124,11 @@ func (p Plan) String() string {
 // Empty reports whether nothing needs to be done.
 func (p Plan) Empty() bool { return p.Reload == "" && len(p.Commands) == 0 }
 
-// Can is what this HAProxy can change while it runs.
-type Can struct{ CACommit bool }
+// Features are what this HAProxy can change while it runs.
+type Features struct{ CACommit bool }
 
 // NewPlan compares. running nil means that nothing runs.
-func NewPlan(running, want *render.Config, can Can) Plan {
+func NewPlan(running, want *render.Config, can Features) Plan {
 	if running == nil {
 		return Plan{Reload: Start, Detail: "the first configuration"}
 	}

@@ -110,7 +110,7 @@ func TestPlan(t *testing.T) {
 			require.NoError(t, err)
 			running := now.render(t, p, r, nil)
 			next := want.render(t, p, r, running)
-			for name, can := range map[string]Can{"plan": {}, "plan-ca-commit": {CACommit: true}} {
+			for name, can := range map[string]Features{"plan": {}, "plan-ca-commit": {CACommit: true}} {
 				text := NewPlan(running, next, can).String()
 				if got[name] == nil {
 					continue
@@ -121,7 +121,7 @@ func TestPlan(t *testing.T) {
 				}
 				require.Equal(t, string(got[name].Data), text)
 			}
-			require.True(t, NewPlan(next, next, Can{}).Empty(), "a second time there is nothing to do")
+			require.True(t, NewPlan(next, next, Features{}).Empty(), "a second time there is nothing to do")
 			if *update {
 				require.NoError(t, os.WriteFile(file, txtar.Format(ar), 0o644))
 			}
@@ -135,7 +135,7 @@ func TestPlanPrintsNoKey(t *testing.T) {
 	require.NoError(t, err)
 	a := planCase{}.render(t, p, r, nil)
 	b := planCase{Leaf: 1}.render(t, p, r, a)
-	text := NewPlan(a, b, Can{}).String()
+	text := NewPlan(a, b, Features{}).String()
 	require.Contains(t, text, "set ssl cert")
 	require.NotContains(t, text, "KEY")
 }
@@ -159,7 +159,7 @@ func BenchmarkPlanOneFlip(b *testing.B) {
 			less := c.render(b, p, r, full)
 			b.ReportAllocs()
 			for b.Loop() {
-				if plan := NewPlan(full, less, Can{}); plan.Reload != "" || len(plan.Commands) != 2 {
+				if plan := NewPlan(full, less, Features{}); plan.Reload != "" || len(plan.Commands) != 2 {
 					b.Fatal(plan)
 				}
 			}

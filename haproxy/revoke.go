@@ -13,9 +13,9 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
-// Worker is one worker of HAProxy, the current or a replaced one: it runs a command
+// Runner is a worker of HAProxy, the current or a replaced one: it runs a command
 // of the runtime API and returns the answer.
-type Worker func(ctx context.Context, command string) (string, error)
+type Runner func(ctx context.Context, command string) (string, error)
 
 // Verdict is what becomes of a session.
 type Verdict int
@@ -27,11 +27,11 @@ const (
 	End
 )
 
-// EndSessions ends the sessions of callers that judge is against, in one worker; others
-// are untouched. live are the callers' addresses of the sessions that stay. pending: the
-// session has not been let in yet, so that whoever is asked about it is asked now. A
-// worker that does not answer is an error: it may have sessions that should end.
-func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort, pending bool) Verdict) (ended int, live []netip.AddrPort, err error) {
+// EndSessions ends, in one worker, the sessions of callers that judge is against, and touches
+// no other. live are the callers' addresses of the sessions that stay. pending tells judge that
+// HAProxy is still waiting for a verdict on the session; such a session must not be cut as
+// unknown. A worker that does not answer is an error: it may have sessions that should end.
+func EndSessions(ctx context.Context, do Runner, judge func(from netip.AddrPort, pending bool) Verdict) (ended int, live []netip.AddrPort, err error) {
 	out, err := do(ctx, "show sess")
 	if errors.Is(err, runtimeapi.ErrGone) {
 		return 0, nil, nil
@@ -65,7 +65,7 @@ func EndSessions(ctx context.Context, do Worker, judge func(from netip.AddrPort,
 // ends asks about one session, and the worker about the session as it is now: HAProxy gives
 // the number of one that has ended to the next, which may be anybody's. One that has ended
 // neither ends nor stays: its connection may be idle.
-func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (end, stays bool, err error) {
+func ends(ctx context.Context, do Runner, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (end, stays bool, err error) {
 	verdict := judge(s.From, s.Backend == "<NONE>")
 	if verdict == Keep {
 		return false, true, nil
@@ -82,7 +82,7 @@ func ends(ctx context.Context, do Worker, s runtimeapi.Session, judge func(netip
 
 // TellGeneration makes the generation of the policy known to a worker that was replaced:
 // the plan tells only the current one, and a kept connection is judged anew when it moves.
-func TellGeneration(ctx context.Context, do Worker, dir, generation string) error {
+func TellGeneration(ctx context.Context, do Runner, dir, generation string) error {
 	out, err := do(ctx, "set map "+dir+"/"+render.PolicyMap+" "+render.PolicyKey+" "+generation)
 	if errors.Is(err, runtimeapi.ErrGone) {
 		return nil

@@ -135,8 +135,8 @@ func (a *app) exit() error {
 }
 
 // reapOrphans waits for what nobody else does: as process 1 of a container, every
-// process whose parent ended becomes ours. Our own children are waited for at once by
-// whoever started them, so that only strangers stay dead for two rounds.
+// process whose parent ended becomes ours. Our own children are reaped immediately by the code
+// that started them; a zombie seen in two consecutive scans is therefore an orphan.
 func reapOrphans(ctx context.Context) {
 	if os.Getpid() != 1 {
 		return

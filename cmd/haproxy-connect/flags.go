@@ -26,7 +26,7 @@ import (
 
 // config is every setting, checked.
 type config struct {
-	which        consul.Which
+	which        consul.Selector
 	consul       consul.Config
 	register     bool
 	registration consul.Registration

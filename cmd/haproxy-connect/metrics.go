@@ -93,7 +93,7 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 	case spoe.Allow:
 		return &tally{prom, &who.allowed}
 	}
-	return prom // the page counts what is asked then
+	return prom // not counted for the page: the verdicts for each request that follow are
 }
 
 // seen is what is known of one caller.

@@ -188,8 +188,8 @@ func checkAddr(addr string) error {
 // Addr is where the agent is, for messages.
 func (c *Client) Addr() string { return c.addr }
 
-// Which names the proxy to run: exactly one field is set.
-type Which struct{ ProxyID, SidecarFor, SidecarForTag string }
+// Selector names the proxy to run: exactly one field is set.
+type Selector struct{ ProxyID, SidecarFor, SidecarForTag string }
 
 // ErrNotRegistered: the agent answers, but has no such proxy yet.
 var ErrNotRegistered = errors.New("not registered yet")
@@ -197,7 +197,7 @@ var ErrNotRegistered = errors.New("not registered yet")
 // Lookup finds the ID of the proxy to run, by Consul's own rules and with its
 // own messages (command/connect/proxy, LookupProxyIDForSidecar). Errors that
 // waiting may cure wrap ErrNotRegistered.
-func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
+func (c *Client) Lookup(ctx context.Context, w Selector) (string, error) {
 	var head http.Header
 	q := (&api.QueryOptions{}).WithContext(context.WithValue(ctx, headerKey{}, &head))
 	none := func(format string, args ...any) error {
@@ -232,7 +232,7 @@ func (c *Client) Lookup(ctx context.Context, w Which) (string, error) {
 		case 0:
 			return "", none("No service with tag %s registered", w.SidecarForTag)
 		case 1:
-			return c.Lookup(ctx, Which{SidecarFor: ids[0]})
+			return c.Lookup(ctx, Selector{SidecarFor: ids[0]})
 		}
 		return "", fmt.Errorf("More than one service with tag %s registered: start the proxy with -sidecar-for and one of these IDs: %s", w.SidecarForTag, strings.Join(ids, ", "))
 	case w.SidecarFor != "":

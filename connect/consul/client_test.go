@@ -37,7 +37,7 @@ func TestWaysToTheAgent(t *testing.T) {
 	look := func(c Config) error {
 		client, err := NewClient(c)
 		require.NoError(t, err)
-		id, err := client.Lookup(t.Context(), Which{SidecarFor: "web"})
+		id, err := client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 		if err == nil {
 			require.Equal(t, "p", id)
 		}

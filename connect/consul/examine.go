@@ -42,7 +42,7 @@ type Facts struct {
 }
 
 // Examine asks the agent everything a sidecar asks, once, and says what would not work.
-func (c *Client) Examine(ctx context.Context, w Which) (f Facts, out []Finding) {
+func (c *Client) Examine(ctx context.Context, w Selector) (f Facts, out []Finding) {
 	say := func(what string, level Level, text, fix string) { out = append(out, Finding{what, level, text, fix}) }
 	q := (&api.QueryOptions{AllowStale: true}).WithContext(ctx)
 

@@ -115,9 +115,9 @@ type feeds struct {
 	told    map[string]bool // what was said of them
 }
 
-// settled is since when the agent and its servers have answered every watch: now, while
-// they do not; the zero time, if they always have. It is of all watches because
-// one may see nothing of a restart: the agent's streams hide it.
+// settled returns when the last failing watch recovered: now while any still fails, the zero
+// time if none ever failed. All watches count, since a single watch may not notice a restart,
+// which the agent's streams hide.
 func (f *feeds) settled() time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()

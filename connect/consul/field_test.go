@@ -185,20 +185,20 @@ func TestHiddenByACLs(t *testing.T) {
 	m.agent.Set("/v1/agent/services", `{}`)
 	client, err := NewClient(Config{Addr: m.agent.Addr(), Token: "powerless"})
 	require.NoError(t, err)
-	_, err = client.Lookup(t.Context(), Which{SidecarFor: "web"})
+	_, err = client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 	require.ErrorIs(t, err, ErrNotRegistered)
 	require.NotContains(t, err.Error(), "ACL")
 	m.agent.Header("X-Consul-Default-Acl-Policy", "deny")
-	_, err = client.Lookup(t.Context(), Which{SidecarFor: "web"})
+	_, err = client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 	require.NotContains(t, err.Error(), "ACL")
 	m.agent.Header("X-Consul-Results-Filtered-By-Acls", "true")
-	_, err = client.Lookup(t.Context(), Which{SidecarFor: "web"})
+	_, err = client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 	require.ErrorIs(t, err, ErrNotRegistered)
 	require.ErrorContains(t, err, "hidden by ACLs")
 	m.agent.Header("X-Consul-Results-Filtered-By-Acls", "false")
 	client, err = NewClient(Config{Addr: m.agent.Addr()})
 	require.NoError(t, err)
-	_, err = client.Lookup(t.Context(), Which{SidecarFor: "web"})
+	_, err = client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 	require.ErrorContains(t, err, "there is no token")
 }
 
@@ -287,7 +287,7 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	client, err := NewClient(Config{Addr: first.URL, CAFile: ca})
 	require.NoError(t, err)
 	ask := func() error {
-		_, err := client.Lookup(t.Context(), Which{SidecarFor: "web"})
+		_, err := client.Lookup(t.Context(), Selector{SidecarFor: "web"})
 		return err
 	}
 	require.ErrorIs(t, ask(), ErrNotRegistered)
