@@ -70,13 +70,15 @@ type Snapshot struct {
 	Leaves    map[LeafName]*certs.Leaf
 	Bundles   map[BundleName]*certs.Roots
 	AccessLog AccessLog // of every listener
+	Incoming  TLS       // of callers' connections
+	Outgoing  TLS       // of ours to the mesh
 	Telemetry Telemetry
 	Notices   []Notice // sorted
 }
 
 // Same reports whether two snapshots are made of the same nouns.
 func (s *Snapshot) Same(o *Snapshot) bool {
-	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry &&
+	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry && s.Incoming == o.Incoming && s.Outgoing == o.Outgoing &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Groups, o.Groups) && slices.Equal(s.Targets, o.Targets) &&
 		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && slices.Equal(s.Notices, o.Notices)
 }
@@ -172,6 +174,12 @@ type Proxy struct {
 	Partition   string
 	Datacenter  string
 	TrustDomain string
+}
+
+// TLS is which versions and ciphers may be used. The zero value is TLS 1.2 at least.
+type TLS struct {
+	Min, Max string // "1.0" to "1.3"; "" is the default
+	Ciphers  string // of TLS 1.2 and before, by their names in IANA's registry, with commas; "" is the default
 }
 
 // Telemetry is where others may read metrics, apart from the admin address.

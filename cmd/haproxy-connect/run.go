@@ -360,8 +360,8 @@ func (s *running) publish(snap *connect.Snapshot) {
 		s.agent.SetPolicy(policy, snap.Generation(version()))
 		s.revoke.Wake()
 	}
-	if s.dial != nil && (old == nil || old.Leaf() != snap.Leaf() || old.Roots() != snap.Roots()) {
-		s.dial.SetIdentity(snap.Leaf(), snap.Roots())
+	if s.dial != nil && (old == nil || old.Leaf() != snap.Leaf() || old.Roots() != snap.Roots() || old.Outgoing != snap.Outgoing) {
+		s.dial.SetIdentity(snap.Leaf(), snap.Roots(), dialer.Versions(snap.Outgoing))
 	}
 	if len(s.noticed) > 1000 {
 		clear(s.noticed) // said again rather than remembered for ever

@@ -1,7 +1,10 @@
 package consul
 
 import (
+	"cmp"
 	"context"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -12,7 +15,7 @@ import (
 // meshEntry is what this program reads of the config entry "mesh". The zero value is
 // a mesh without one.
 type meshEntry struct {
-	TLS  map[string]any
+	TLS  *struct{ Incoming, Outgoing *tlsSettings }
 	HTTP *struct {
 		SanitizeXForwardedClientCert bool
 		Incoming                     *struct {
@@ -22,6 +25,58 @@ type meshEntry struct {
 			}
 		}
 	}
+}
+
+type tlsSettings struct {
+	TLSMinVersion, TLSMaxVersion string
+	CipherSuites                 []string
+}
+
+var tlsVersions = map[string]string{"": "", "TLS_AUTO": "", "TLSv1_0": "1.0", "TLSv1_1": "1.1", "TLSv1_2": "1.2", "TLSv1_3": "1.3"}
+
+// tlsCiphers are those that Consul knows (types/tls.go).
+var tlsCiphers = []string{
+	"TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA", "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA", "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
+	"TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256",
+}
+
+// tls reads the versions and ciphers of both directions. What is not known is the default,
+// which is no weaker.
+func (m *meshEntry) tls(n *connect.Notices) (in, out connect.TLS) {
+	if m.TLS == nil {
+		return in, out
+	}
+	return m.TLS.Incoming.decode("TLS.Incoming", n), m.TLS.Outgoing.decode("TLS.Outgoing", n)
+}
+
+func (s *tlsSettings) decode(key string, n *connect.Notices) (out connect.TLS) {
+	if s == nil {
+		return out
+	}
+	for _, v := range []struct {
+		name, value string
+		to          *string
+	}{{"TLSMinVersion", s.TLSMinVersion, &out.Min}, {"TLSMaxVersion", s.TLSMaxVersion, &out.Max}} {
+		version, known := tlsVersions[v.value]
+		if !known {
+			n.Add("mesh", key+"."+v.name, v.value, "not known; the default is used")
+		}
+		*v.to = version
+	}
+	if out.Max != "" && cmp.Or(out.Min, "1.2") > out.Max {
+		n.Add("mesh", key+".TLSMaxVersion", s.TLSMaxVersion, "less than the minimum; there is no maximum")
+		out.Max = ""
+	}
+	var ciphers []string
+	for _, c := range s.CipherSuites {
+		if slices.Contains(tlsCiphers, c) {
+			ciphers = append(ciphers, c)
+		} else {
+			n.Add("mesh", key+".CipherSuites", c, "not known; it is left out")
+		}
+	}
+	out.Ciphers = strings.Join(ciphers, ",")
+	return out
 }
 
 // mesh is asked for the entry, a meshEntry, in its list form: the single form loses the
@@ -45,9 +100,6 @@ func (c *Client) mesh() watch {
 // decode reads the settings that concern callers of HTTP. An unknown action
 // is the strictest one: a request must not pass for want of a word.
 func (m *meshEntry) decode(n *connect.Notices) (out connect.Normalize, sanitize bool) {
-	if len(m.TLS) > 0 {
-		n.Add("mesh", "TLS", "", "minimum versions and ciphers are not supported yet; TLS 1.2 is the minimum")
-	}
 	if m.HTTP == nil {
 		return out, false
 	}

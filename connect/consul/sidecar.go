@@ -128,6 +128,7 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 		Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain}
 	guard := &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, CallerHeader: k.inbound.callerHeader, Policy: k.decides(proxy, list, allow, tokens.list)}
 	guard.Normalize, guard.SanitizeXFCC = mesh.decode(&notices)
+	incoming, outgoing := mesh.tls(&notices)
 
 	now := k.nouns.next()
 	checks, haveChecks := heard[[]exposed](st, c.checks(k.service.Proxy.DestinationServiceID).key)
@@ -139,7 +140,7 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 		notices = append(notices, u.notices()...)
 	}
 	k.nouns = now
-	snap = &connect.Snapshot{Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Notices: notices.Sorted(),
+	snap = &connect.Snapshot{Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
 		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: roots}}
 	now.into(snap)
 	return snap, slow

@@ -8,6 +8,7 @@
 package dialer
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -18,6 +19,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,8 +54,10 @@ type Dialer struct {
 }
 
 type identity struct {
-	leaf  tls.Certificate
-	roots *x509.CertPool
+	leaf     tls.Certificate
+	roots    *x509.CertPool
+	min, max uint16
+	ciphers  []uint16
 }
 
 type socket struct {
@@ -66,9 +70,20 @@ func New(log *slog.Logger, own func(path string) error) *Dialer {
 	return &Dialer{log: log, own: own, served: map[string]*socket{}}
 }
 
-// SetIdentity swaps leaf and roots; connections made from now on use them.
-func (d *Dialer) SetIdentity(leaf *certs.Leaf, roots *certs.Roots) {
-	d.identity.Store(&identity{leaf: leaf.TLS(), roots: roots.Pool()})
+// Versions are which versions of TLS ("1.0" to "1.3") and which ciphers (names in IANA's
+// registry, with commas) may be used. The zero value is TLS 1.2 at least.
+type Versions struct{ Min, Max, Ciphers string }
+
+// SetIdentity swaps leaf, roots and versions; connections made from now on use them.
+func (d *Dialer) SetIdentity(leaf *certs.Leaf, roots *certs.Roots, v Versions) {
+	numbers := map[string]uint16{"1.0": tls.VersionTLS10, "1.1": tls.VersionTLS11, "1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13}
+	id := &identity{leaf: leaf.TLS(), roots: roots.Pool(), min: cmp.Or(numbers[v.Min], tls.VersionTLS12), max: numbers[v.Max]}
+	for _, c := range tls.CipherSuites() {
+		if slices.Contains(strings.Split(v.Ciphers, ","), c.Name) {
+			id.ciphers = append(id.ciphers, c.ID)
+		}
+	}
+	d.identity.Store(id)
 }
 
 // Run serves until ctx ends, then closes everything and returns when the last
@@ -212,7 +227,7 @@ func (d *Dialer) dial(ctx context.Context, e Endpoint) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, e.Timeout)
 	defer cancel()
 	conf := &tls.Config{
-		Certificates: []tls.Certificate{id.leaf}, MinVersion: tls.VersionTLS12, ServerName: e.SNI,
+		Certificates: []tls.Certificate{id.leaf}, MinVersion: id.min, MaxVersion: id.max, CipherSuites: id.ciphers, ServerName: e.SNI,
 		// The name is in a URI, which crypto/tls does not compare: VerifyConnection
 		// does all of it, also for resumed sessions (of which there are none).
 		InsecureSkipVerify:     true,

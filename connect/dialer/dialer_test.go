@@ -54,7 +54,7 @@ func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	d := New(slog.New(slog.DiscardHandler), nil)
-	d.SetIdentity(leaf, roots)
+	d.SetIdentity(leaf, roots, Versions{Min: "1.3"})
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()
 	defer func() {

@@ -1,8 +1,11 @@
 package render
 
 import (
+	"cmp"
 	"slices"
+	"strings"
 
+	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
@@ -38,7 +41,7 @@ func (f *file) process() {
 		f.Files[lua.RoutesFile] = lua.Routes
 		f.add(global("routes").add("lua-load-per-thread %s", f.path(lua.RoutesFile)), "conditions and time limits of routes")
 	}
-	f.add(f.settings(), "the process")
+	f.add(f.settings(f.snap.Incoming, f.snap.Outgoing), "the process")
 	f.limits = len(f.Sections)
 	f.Sections = append(f.Sections, nil) // see limit
 	f.add(defaults(), "defaults of every proxy below")
@@ -49,8 +52,24 @@ func (f *file) process() {
 	}
 }
 
+// opensslNames are ciphers as OpenSSL calls them, by their names in IANA's registry.
+var opensslNames = strings.NewReplacer("TLS_", "", "_WITH_AES_128_GCM_", "-AES128-GCM-", "_WITH_AES_256_GCM_", "-AES256-GCM-", "_WITH_AES_128_CBC_", "-AES128-", "_WITH_AES_256_CBC_", "-AES256-",
+	"_WITH_CHACHA20_POLY1305_SHA256", "-CHACHA20-POLY1305", "_", "-", ",", ":")
+
+// tlsOf sets the versions and ciphers of one direction.
+func tlsOf(g *builder, side string, t connect.TLS) {
+	most := ""
+	if t.Max != "" {
+		most = " ssl-max-ver TLSv" + t.Max
+	}
+	g.add("ssl-default-%s-options ssl-min-ver TLSv%s%s no-tls-tickets", side, cmp.Or(t.Min, "1.2"), most)
+	if t.Ciphers != "" {
+		g.add("ssl-default-%s-ciphers %s", side, g.check("ciphers", opensslNames.Replace(t.Ciphers)))
+	}
+}
+
 // settings of the process.
-func (o *Options) settings() *builder {
+func (o *Options) settings(in, out connect.TLS) *builder {
 	g := global("")
 	if o.User != "" {
 		g.add("user %s", g.check("user", o.User))
@@ -71,8 +90,8 @@ func (o *Options) settings() *builder {
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
 	g.add("tune.ssl.default-dh-param 2048")
-	g.add("ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets")
-	g.add("ssl-default-server-options ssl-min-ver TLSv1.2 no-tls-tickets")
+	tlsOf(g, "bind", in)
+	tlsOf(g, "server", out)
 	// As Envoy under Consul takes them: 60 KiB of headers and a few hundred lines, and room
 	// for our own. It is the same in every proxy: one that sends more than the next one
 	// takes would lose the requests beside it on the same connection of HTTP/2.

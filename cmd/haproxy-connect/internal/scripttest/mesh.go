@@ -105,11 +105,15 @@ func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME]: a
+// mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME] [tls=1.2]: a
 // caller of its own, straight to a public listener.
 func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the listener is what is tested
 	for _, a := range args[3:] {
+		if a == "tls=1.2" {
+			conf.MaxVersion = tls.VersionTLS12
+			continue
+		}
 		conf.ServerName, _ = strings.CutPrefix(a, "sni=")
 		conf.ServerName = strings.ReplaceAll(conf.ServerName, "TRUSTDOMAIN", w.ca.TrustDomain)
 	}
