@@ -104,6 +104,7 @@ func serveApp(ln net.Listener, name, kind string, counts map[string]*atomic.Int6
 			if d, err := time.ParseDuration(r.URL.Query().Get("sleep")); err == nil {
 				time.Sleep(d)
 			}
+			drip(rw, r)
 			rw.Header().Set("Trailer", "Grpc-Status")
 			var others []string // that CGI would read as one of ours
 			for k := range r.Header {
@@ -120,5 +121,19 @@ func serveApp(ln net.Listener, name, kind string, counts map[string]*atomic.Int6
 			srv.Protocols = unencryptedHTTP2()
 		}
 		go func() { _ = srv.Serve(ln) }()
+	}
+}
+
+// drip answers a byte every tenth of a second, as many as the request asks for.
+func drip(rw http.ResponseWriter, r *http.Request) {
+	n, _ := strconv.Atoi(r.URL.Query().Get("drip"))
+	for range n {
+		_, _ = rw.Write([]byte("."))
+		rw.(http.Flusher).Flush()
+		select {
+		case <-r.Context().Done():
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
 }

@@ -166,3 +166,20 @@ ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -
 	}
 	return at
 }
+
+// truncated URL LEAST MOST: the answer begins, and is cut off after so long.
+func (w *world) cmdTruncated(ts *testscript.TestScript, _ bool, args []string) {
+	least, err := time.ParseDuration(args[1])
+	ts.Check(err)
+	most, err := time.ParseDuration(args[2])
+	ts.Check(err)
+	begun := time.Now()
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}} // a kept one may be of a replaced worker
+	res, err := client.Get(args[0])
+	ts.Check(err)
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if took := time.Since(begun); err == nil || len(b) == 0 || took < least || took > most {
+		ts.Fatalf("%s: %d bytes in %s, then %v\n%s", args[0], len(b), took, err, w.allLogs())
+	}
+}
