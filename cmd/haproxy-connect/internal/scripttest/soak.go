@@ -432,7 +432,7 @@ var chains = map[string][]string{
 	"service-resolver/api": {
 		`"LoadBalancer":{"Policy":"maglev","HashPolicies":[{"SourceIP":true}]}`,
 		`"LoadBalancer":{"Policy":"least_request"},"RequestTimeout":"14s"`,
-		`"ConnectTimeout":"4s"`,
+		`"RequestTimeout":"13s"`, // another connect timeout would be another class of sockets, which stay
 	},
 	"service-resolver/db": {`"ConnectTimeout":"4s"`, `"ConnectTimeout":"6s"`},
 }
