@@ -24,7 +24,7 @@ func TestSoak(t *testing.T) { scripttest.Soak(t) }
 
 // TestUnit: systemd itself takes the unit, and finds it closed enough.
 func TestUnit(t *testing.T) {
-	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "haproxy-connect@.service"))
+	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "systemd", "haproxy-connect@.service"))
 	require.NoError(t, err)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "haproxy-connect@web.service")

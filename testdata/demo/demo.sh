@@ -87,7 +87,7 @@ for s in redis www; do CONSUL_HTTP_TOKEN=$(cat "$work/$s.token") "$consul" servi
 
 say "the applications, and a sidecar for each"
 run redis redis-server --port 6380 --bind 127.0.0.1 --save "" --appendonly no --dir "$work"
-run www node "$top/docker/www.js"
+run www node "$top/docker/mesh/www.js"
 run redis-sidecar "$connect" -sidecar-for redis -token-file "$work/redis.token" -run-dir "$work/r" -admin-addr 127.0.0.1:1937
 run www-sidecar "$connect" -sidecar-for www -token-file "$work/www.token" -run-dir "$work/w" -admin-addr 127.0.0.1:1936
 for port in 1936 1937; do "$connect" wait -timeout 30s -admin-addr "127.0.0.1:$port" || fail "the sidecar at $port is not ready"; done
