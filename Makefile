@@ -1,6 +1,6 @@
 export PATH := $(PATH):/usr/sbin
-# A Go with the security fixes that go.mod asks for, where the installed one lacks them and
-# it can be had.
+# With auto, go fetches the toolchain that go.mod asks for, with its security fixes, if the
+# installed one is older; local is for machines where it cannot be fetched.
 export GOTOOLCHAIN := $(shell GOTOOLCHAIN=auto go version >/dev/null 2>&1 && echo auto || echo local)
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.7.0
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
@@ -19,13 +19,15 @@ deps: ## what the tests need: HAProxy, redis, Consul, a browser
 demo: deps build ## a real mesh on this machine, up until Ctrl-C (CHECK=1: walk the story and end)
 	testdata/demo/demo.sh
 
-# The images, built twice to see that they are the same; the compose mesh and its story.
+# tour builds the images twice to check that both builds are the same, and follows the story of
+# the compose mesh and the guide of the README.
 tour: ## the compose mesh of docker/, built from this tree, and its story
 	testdata/deps/docker.sh sh -c 'docker/image.sh && docker compose -f docker/compose.yaml build -q && docker/tour.sh && testdata/guide/run.sh'
 
-# gofmt and vet find mistakes of form, staticcheck mistakes of sense; no more, so
-# that a finding is always worth reading. ST1005 is off: Consul's own messages, which
-# users search for, begin with a capital. Last, known vulnerabilities of what is called.
+# gofmt and vet find mistakes of form, staticcheck mistakes of sense, and vuln.sh known
+# vulnerabilities in what the program calls. There are no more checks, so that a finding is
+# always worth reading. ST1005 is off: Consul's own messages, which users search for, begin
+# with a capital.
 lint: ## gofmt, vet, staticcheck, known vulnerabilities
 	@test -z "$$(gofmt -l cmd certs connect haproxy intentions lua | tee /dev/stderr)"
 	go vet ./...
@@ -47,9 +49,9 @@ check: unit ## format, vet and unit tests: under a minute
 unit: ## what needs neither Consul nor HAProxy: seconds
 	go test -short ./...
 
-# So many inputs as take some 20 s, and not 20 s: a time that ends is now and then
-# reported as a failure (context deadline exceeded) by Go itself. Without a limit Go may
-# spend all of them on making one input smaller.
+# Each target gets as many inputs as take some 20 s, and not a limit of 20 s: Go itself now and
+# then reports a time that ends as a failure (context deadline exceeded). Without a limit on
+# minimizing, Go may spend all inputs on making one smaller.
 fuzz = -fuzztime $(or $(FUZZTIME),$(1)) -fuzzminimizetime 1s
 
 fuzz: ## the fuzz targets (FUZZTIME=10m)
@@ -63,8 +65,8 @@ fuzz: ## the fuzz targets (FUZZTIME=10m)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzAccessFormat $(call fuzz,350000x)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(call fuzz,400000x)
 
-# Prints; judges nothing. The second line drives real Consul and HAProxy, and writes the
-# tables and plots of testdata/measure with UPDATE=-update.
+# bench prints figures and judges none. Its last line drives real Consul and HAProxy, and with
+# UPDATE=-update writes the tables and plots of testdata/measure.
 bench: ## the benchmarks beside peers (UPDATE=-update writes the tables)
 	testdata/deps/deps.sh bench
 	go test ./... -p 1 -run '^$$' -bench . -benchmem | grep -v 'no test files\|^PASS\|^ok'

@@ -30,8 +30,8 @@ func NewAuthority(trustDomain string) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	// As Consul names keys (agent/connect, KeyId). Its cross-signed root names the key so,
-	// and OpenSSL finds no issuer whose name is another.
+	// The key ID is made as Consul makes it (agent/connect, KeyId): Consul's cross-signed root
+	// refers to the key by this ID, and OpenSSL finds no issuer with another ID.
 	public, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
 		return nil, err

@@ -123,14 +123,14 @@ type Roots struct {
 	pool        *x509.CertPool
 }
 
-// Root is one of them, for people.
+// Root describes one root for people.
 type Root struct {
 	Name     string
 	NotAfter time.Time
 }
 
-// ParseRoots takes the PEM of each root. An entry without a certificate, or none
-// at all, is an error: trusting nothing must never look like trusting anything.
+// ParseRoots reads the PEM of each root. An entry without a certificate is an error, and so
+// is an empty list: trusting nothing must never look like trusting anything.
 func ParseRoots(trustDomain string, pems []string) (*Roots, error) {
 	if _, err := ParseTrustDomain(trustDomain); err != nil {
 		return nil, err
@@ -188,8 +188,8 @@ func (r *Roots) Includes(o *Roots) bool {
 // Pool is the roots for crypto/x509.
 func (r *Roots) Pool() *x509.CertPool { return r.pool }
 
-// normalizePEM keeps only the blocks of the wanted type, re-encoded: text
-// between blocks, which a hostile writer may use for something else, is gone.
+// normalizePEM re-encodes blocks whose type ends in kind, and refuses any other block. Text
+// between blocks, which a hostile writer may use for something else, is dropped.
 func normalizePEM(in, kind string) (string, error) {
 	var out bytes.Buffer
 	for rest := []byte(in); ; {

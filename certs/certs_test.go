@@ -49,7 +49,7 @@ func FuzzParseID(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// What is accepted has one spelling: nobody has two names, no two share one.
+		// An accepted ID has one spelling: no service has two names, no two services share a name.
 		back := id.String()
 		if back != s && s != strings.Replace(back, td, td, 1) && !strings.Contains(s, "/ap/default/") {
 			t.Fatalf("%q reads as %q", s, back)
@@ -107,7 +107,7 @@ func TestLeafAndRoots(t *testing.T) {
 	require.Error(t, err)
 }
 
-// What crypto/x509 makes of a URI is not what the certificate says.
+// FromCertificate refuses spellings that crypto/x509 hides when it parses the URI.
 func TestSpellingsOfAnIdentity(t *testing.T) {
 	ca, err := NewAuthority(td)
 	require.NoError(t, err)

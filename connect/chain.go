@@ -6,7 +6,8 @@ import (
 )
 
 // Chain says which request, or which connection, goes where. The first route that matches
-// is taken; what none matches is answered 404. tcp has one route, which matches everything.
+// is taken; a request that no route matches is answered 404. tcp has one route, which matches
+// everything.
 type Chain struct{ Routes []Route }
 
 // Direct is the chain that leads everything to one group.
@@ -20,11 +21,11 @@ const Whole = 10000
 // Route is what becomes of the requests that match.
 type Route struct {
 	Match   HTTPMatch
-	Rewrite string // takes the place of the path, or of its beginning, that Match names; "" for nothing
-	// Timeout of the whole answer, from the end of the request; 0: the group's silence alone
-	// ends one; < 0: nothing ends it.
+	Rewrite string // replaces the path, or the prefix of it, that Match names; "": nothing is replaced
+	// Timeout limits the whole answer, from the end of the request. 0: only silence ends an answer
+	// (Idle, or the group's). < 0: no limit, but a silence of Idle, or of 5 minutes, ends an answer.
 	Timeout time.Duration
-	Idle    time.Duration // silence that ends a request; 0: the group's
+	Idle    time.Duration // silence of the server that ends a request; 0: the group's, or 5 minutes where Timeout is set
 	Retry   Retry
 	Request HeaderEdits // after those of the split that is taken
 	Answer  HeaderEdits
@@ -66,8 +67,8 @@ type QueryMatch struct {
 	Regex   string // RE2, of the whole value
 }
 
-// HeaderEdits change headers: what is removed goes first, then what is added comes beside
-// what is there, then what is set takes its place. Values are Envoy's formats.
+// HeaderEdits change headers in this order: Remove deletes headers, Add adds lines beside those
+// that are there, Set replaces what is there. Values are in Envoy's format.
 type HeaderEdits struct {
 	Remove   []string
 	Add, Set []Header // sorted by name
@@ -87,7 +88,7 @@ type Retry struct {
 	Codes      []int    // of answers; sorted
 }
 
-// Any reports whether a route says anything about it.
+// Any reports whether a route asks for retries of its own.
 func (r *Retry) Any() bool { return len(r.Conditions)+len(r.Codes) > 0 }
 
 // Split is the share of a route's requests that one group has.
@@ -98,7 +99,7 @@ type Split struct {
 	Answer  HeaderEdits
 }
 
-// Groups visits every group that the chain leads to, one that is named twice twice.
+// Groups visits every group that the chain leads to, as often as splits name it.
 func (c *Chain) Groups(visit func(GroupName)) {
 	for i := range c.Routes {
 		for j := range c.Routes[i].Splits {
@@ -110,8 +111,8 @@ func (c *Chain) Groups(visit func(GroupName)) {
 // GroupName names a group of the Snapshot and is fit for a backend's name.
 type GroupName string
 
-// Group is targets in failover order, and how they are called. What it says holds for each
-// of its targets.
+// Group is a list of targets in failover order, and how they are called. Its settings hold for
+// each target by itself.
 type Group struct {
 	Name       GroupName
 	Protocol   Protocol
@@ -128,8 +129,8 @@ type Group struct {
 // by weight.
 type Balance struct {
 	Policy  BalancePolicy
-	Choices int          // LeastRequest: the least of so many
-	Hash    []HashPolicy // Hash: what the same of which goes to the same endpoint
+	Choices int          // LeastRequest: so many endpoints are drawn, and the least busy is taken
+	Hash    []HashPolicy // Hash: what is hashed; requests with the same values go to the same endpoint
 }
 
 // BalancePolicy names a way to choose endpoints.
@@ -147,11 +148,11 @@ const (
 type HashPolicy struct {
 	Header, Cookie, Query string
 	SourceIP              bool
-	// Generate makes a cookie for who has none; TTL 0 is one of the session.
+	// Generate makes the cookie for clients that have none; with TTL 0 it is a session cookie.
 	Generate bool
 	TTL      time.Duration
 	Path     string
-	Terminal bool // if there is a hash by now, the rest does not count
+	Terminal bool // if this policy or one before it found a value, the later ones do not count
 }
 
 // Limits of each target of a group; a nil field is unlimited.
@@ -159,10 +160,10 @@ type Limits struct {
 	MaxConnections, MaxPendingRequests, MaxConcurrentRequests *int
 }
 
-// PassiveHealth takes an endpoint out of rotation that fails in practice, for
+// PassiveHealth takes an endpoint that fails in practice out of rotation, for
 // BaseEjection times the number of its recent ejections.
 type PassiveHealth struct {
-	Interval     time.Duration // in which an ejection less is remembered
+	Interval     time.Duration // after so long in rotation, one ejection fewer is remembered
 	MaxFailures  int           // in a row
 	BaseEjection time.Duration
 	MaxEjected   *int // percent of the endpoints; nil: 10, but one at least

@@ -33,7 +33,7 @@ func TestClashes(t *testing.T) {
 	require.False(t, Bind{SocketPath: "/a"}.Clashes(at("127.0.0.1", 0)))
 }
 
-// Whoever opens a door hears of it, and nobody else.
+// Only listeners that let callers in without mutual TLS and intentions have warnings.
 func TestWarnings(t *testing.T) {
 	guarded := Branch{Guard: &Guard{}, Chain: Direct("app")}
 	public := &Listener{Role: Public, Branches: []Branch{guarded}}

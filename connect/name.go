@@ -11,7 +11,7 @@ import (
 const maxName = 80
 
 // SafeName turns text from Consul into a name that HAProxy takes anywhere:
-// letters, digits, "-", "_" and ".", of which "-" does not come first, where it would
+// letters, digits, "-", "_" and "."; a "-" at the beginning is replaced, too, as it would
 // be read as an option. If anything had to be replaced or cut, a digest of the original
 // is added, so that different texts keep different names.
 func SafeName(s string) string {
@@ -30,7 +30,7 @@ func SafeName(s string) string {
 	if len(out) > maxName {
 		out, changed = out[:maxName], true
 	}
-	if out == "" { // which a dash must not begin
+	if out == "" { // the name must not begin with the digest's dash
 		out, changed = "_", true
 	}
 	if changed {
@@ -39,8 +39,8 @@ func SafeName(s string) string {
 	return out
 }
 
-// Digest is a short name for a text: 16 hexadecimal digits, so that nobody who chooses
-// the texts makes two of them alike within minutes.
+// Digest is a short name for a text: 16 hexadecimal digits, enough that somebody who chooses
+// the texts does not find two with the same digest within minutes.
 func Digest(s string) string {
 	sum := sha256.Sum256([]byte(s))
 	return hex.EncodeToString(sum[:8])

@@ -25,7 +25,7 @@ func (n Notice) String() string {
 // Notices are collected while decoding and sorted before they are published.
 type Notices []Notice
 
-// Add appends one.
+// Add appends a notice.
 func (n *Notices) Add(where, key, value, why string) {
 	*n = append(*n, Notice{Where: where, Key: key, Value: value, Why: why})
 }

@@ -31,8 +31,8 @@ const (
 	GRPC  Protocol = "grpc"
 )
 
-// ParseProtocol lower-cases; ok is false for a name Consul does not know, which
-// counts as tcp.
+// ParseProtocol reads a protocol's name in any case; ok is false for a name that
+// Consul does not know, which counts as tcp.
 func ParseProtocol(s string) (p Protocol, ok bool) {
 	switch p := Protocol(strings.ToLower(strings.TrimSpace(s))); p {
 	case TCP, HTTP, HTTP2, GRPC:
@@ -71,22 +71,22 @@ type Snapshot struct {
 	Bundles   map[BundleName]*certs.Roots
 	AccessLog AccessLog // of every listener
 	Incoming  TLS       // of callers' connections
-	Outgoing  TLS       // of ours to the mesh
+	Outgoing  TLS       // of our connections to the mesh
 	Telemetry Telemetry
 	Notices   []Notice // sorted
 }
 
-// Same reports whether two snapshots are made of the same nouns.
+// Same reports whether two snapshots are equal; nouns are compared by their pointers.
 func (s *Snapshot) Same(o *Snapshot) bool {
 	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry && s.Incoming == o.Incoming && s.Outgoing == o.Outgoing &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Groups, o.Groups) && slices.Equal(s.Targets, o.Targets) &&
 		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && slices.Equal(s.Notices, o.Notices)
 }
 
-// Leaf is the proxy's own.
+// Leaf returns the proxy's own leaf.
 func (s *Snapshot) Leaf() *certs.Leaf { return s.Leaves[OwnLeaf] }
 
-// Roots are those of the proxy's own trust domain.
+// Roots returns the roots of the proxy's own trust domain.
 func (s *Snapshot) Roots() *certs.Roots { return s.Bundles[OwnBundle] }
 
 // Group finds a group by its name, or nil.
@@ -127,8 +127,8 @@ func (s *Snapshot) Upstreams() []*Listener {
 	return nil
 }
 
-// Generation names what all policies together say, to a version of this program: the same
-// after a restart, and another one as soon as any caller may be judged otherwise.
+// Generation names the content of all policies, as this version of the program reads it. It is
+// the same after a restart, and changes as soon as any caller may be judged otherwise.
 func (s *Snapshot) Generation(version string) string {
 	text := version
 	for _, l := range s.Listeners {
@@ -141,7 +141,7 @@ func (s *Snapshot) Generation(version string) string {
 	return Digest(text)
 }
 
-// Endpoints counts those that a listener leads to.
+// Endpoints counts the endpoints that a listener leads to.
 func (s *Snapshot) Endpoints(l *Listener) (n int) {
 	for i := range l.Branches {
 		l.Branches[i].Chain.Groups(func(name GroupName) {
@@ -188,7 +188,7 @@ type Telemetry struct {
 	Stats      string // address:port of /stats and /stats/prometheus, "" for none
 }
 
-// AccessLog is what proxy-defaults say of it. The zero value is none.
+// AccessLog is the access log that proxy-defaults ask for. The zero value logs nothing.
 type AccessLog struct {
 	Enabled bool
 	JSON    string // Envoy's format as a JSON object; "" and no Text: Envoy's default fields

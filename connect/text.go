@@ -12,8 +12,9 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
-// Text is a snapshot for people and for goldens: every field that says something, one a
-// line, and of certificates only whose they are. It quotes what came from outside.
+// Text prints a snapshot for people and for goldens: a line for each field that is not zero,
+// and for each certificate only whose it is. It leaves out the notices, and quotes what came
+// from outside.
 func (s *Snapshot) Text() string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(s.Leaves)) {

@@ -18,8 +18,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// ahead applies, before a reload, what needs none: policies, endpoints and leaves wait
-// neither for the structure to be still nor for a reload that fails.
+// ahead applies what needs no reload before the reload itself: policies, endpoints and leaves
+// wait neither until the structure is quiet nor for a reload that fails.
 func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *render.Config) error {
 	if m.running == nil || m.broken || !m.conf.Proxy.Up() {
 		return nil
@@ -44,8 +44,9 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 // lineOf finds the line that HAProxy names when it refuses a configuration.
 var lineOf = regexp.MustCompile(`candidate\.cfg:(\d+)\]`)
 
-// exclude leaves out, from now on and as they are, the upstreams of whose sections HAProxy
-// refuses a line: the others must not suffer for it.
+// exclude leaves out the upstreams whose sections have a line that HAProxy refuses, until they
+// or their groups change: the other upstreams must not suffer for them. found is false if err
+// names no such line.
 func (m *Manager) exclude(snap *connect.Snapshot, want *render.Config, err error) (found bool) {
 	var se *stageError
 	if !errors.As(err, &se) || se.stage != "check" {
@@ -67,7 +68,8 @@ func (m *Manager) exclude(snap *connect.Snapshot, want *render.Config, err error
 	return found
 }
 
-// exclusion is why a listener is left out, and what it led to: other groups are another try.
+// exclusion is why a listener is left out, and the groups that it led to: with other groups it
+// is tried again.
 type exclusion struct {
 	err    error
 	groups []*connect.Group
@@ -98,8 +100,9 @@ func (m *Manager) done(now applied) {
 	m.mu.Unlock()
 }
 
-// WriteFiles puts the files of a configuration in place, all but haproxy.cfg itself, and
-// makes the directories of its sockets. old, if any, is what the files have.
+// WriteFiles writes the files of a configuration, all but haproxy.cfg itself, and makes the
+// directories of its sockets. old, if not nil, is the configuration that the files on disk are
+// of: what is the same in both is not written again.
 func WriteFiles(dir string, c, old *render.Config, socketDir func(dir string) error) error {
 	if old == nil {
 		old = &render.Config{}
@@ -151,7 +154,7 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	}
 	main := filepath.Join(m.conf.Dir, render.MainFile)
 	defer func() {
-		// What could not be switched to must not be what a restart would read.
+		// A restart must not read a configuration that could not be switched to.
 		if err != nil && m.running != nil && !m.broken {
 			err = errors.Join(err, m.save(m.running, nil))
 		}
@@ -273,8 +276,8 @@ func (m *Manager) command(ctx context.Context, c *Command) error {
 	return m.do(ctx, c.Text(), nil, "")
 }
 
-// takeBack gives a server that still drains its work again. Its name stands for the same
-// address and options.
+// takeBack puts a server that still drains back to work. Its name ends in a digest of its
+// address and options, so those are the same; weight and limit are set again.
 func (m *Manager) takeBack(ctx context.Context, c *Command) error {
 	name := c.server()
 	delete(m.deleting, name)

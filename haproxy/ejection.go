@@ -16,15 +16,15 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
 
-// Ejector takes endpoints that fail in practice out of rotation and gives them back, by
-// HAProxy's own counters: nothing connects to an endpoint that the application did not
-// call. It is Envoy's outlier detection by consecutive failures, for upstreams that ask
-// for it (passive_health_check): the time out grows with each ejection, a share of the
-// endpoints is ejected at most, and one of them always stays.
+// Ejector takes endpoints that fail in practice out of rotation and gives them back. It reads
+// HAProxy's own counters, so that no endpoint gets a connection that the application did not
+// ask for. It is Envoy's outlier detection by consecutive failures, for upstreams that ask for
+// it (passive_health_check): each further ejection lasts longer, at most a share of the
+// endpoints is ejected at once, and one always stays.
 type Ejector struct {
 	Do      Runner                // on the current worker
 	Running func() *render.Config // what HAProxy runs, nil before it does
-	Twice   bool                  // the version counts an answer that never came twice (3.0+)
+	Twice   bool                  // the version (3.0+) counts each missing answer as two errors
 	Log     *slog.Logger
 
 	servers map[string]*outlier // by backend/server; only Run's goroutine touches it
@@ -44,7 +44,7 @@ type outlier struct {
 	failures  int       // since the last good answer
 	times     int       // ejections that are remembered
 	until     time.Time // zero: not ejected
-	seen      time.Time // last counted, or forgotten one ejection
+	seen      time.Time // start of the interval after which one ejection is forgotten
 	alive     bool      // found in the last round
 }
 
@@ -54,7 +54,8 @@ type Ejected struct {
 	Until  time.Time
 }
 
-// List is who is out of rotation, sorted by name, and how often somebody was.
+// List returns the endpoints that are out of rotation, sorted by name, and how many ejections
+// there have been in all.
 func (e *Ejector) List() (out []Ejected, total uint64) {
 	if list := e.out.Load(); list != nil {
 		out = *list

@@ -118,7 +118,8 @@ func TestEjection(t *testing.T) {
 		list, total := e.List()
 		require.Len(t, list, 1)
 		require.Equal(t, uint64(1), total)
-		// It stays out although something gives it back, and returns by time.
+		// The endpoint stays out although something else gives it its weight back, and returns
+		// when its time is over.
 		f.change(func() { f.weight["e0"] = 5 })
 		time.Sleep(time.Second)
 		require.Equal(t, 0, f.now("e0"))

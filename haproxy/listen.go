@@ -20,9 +20,9 @@ type served struct {
 	held      map[connect.Bind][]connect.Bind // by port or path; nil: not made yet
 }
 
-// listenable leaves out what another process listens on already: HAProxy would refuse to
-// start for one listener, and take the others down, or at a reload close all of them for
-// as long as it tries. A listener of callers that runs somewhere else stays as it runs.
+// listenable returns snap without the listeners whose address another process has: for one of
+// them HAProxy would refuse to start at all, or at a reload close every listener for as long as
+// it tries. A listener of callers that already runs at another address stays there.
 func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*render.Refused, error) {
 	less := *snap
 	for l, why := range m.excluded {
@@ -65,7 +65,7 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 	return &less, taken, nil
 }
 
-// find is the listener that runs in a listener's place, or nil.
+// find returns the running listener with the role and name of l, or nil.
 func (s *served) find(l *connect.Listener) *connect.Listener {
 	for _, now := range s.listeners {
 		if now.Role == l.Role && now.Name == l.Name {
@@ -75,9 +75,9 @@ func (s *served) find(l *connect.Listener) *connect.Listener {
 	return nil
 }
 
-// holds reports whether HAProxy listens where a listener wants to, for whatever of ours:
-// also while it is being started again, when it may have its listeners already. i is where
-// the listener stood before, if nothing came or went.
+// holds reports whether HAProxy has the address of l, for any of our listeners. That is also
+// true while HAProxy is started again: it may already listen there. i is where l is in its
+// snapshot, and in the running list too unless listeners came or went.
 func (s *served) holds(i int, l *connect.Listener) bool {
 	if i < len(s.listeners) && s.listeners[i].Bind == l.Bind {
 		return true
@@ -93,7 +93,8 @@ func (s *served) holds(i int, l *connect.Listener) bool {
 	return slices.ContainsFunc(s.held[place(l.Bind)], l.Bind.Clashes)
 }
 
-// bindable tries an address and gives it back.
+// bindable returns why HAProxy could not listen on an address, or nil. It listens there for a
+// moment to find out.
 func (m *Manager) bindable(l connect.Bind) error {
 	if l.SocketPath != "" {
 		if err := m.bindableSocket(l.SocketPath); err != nil {
@@ -109,8 +110,9 @@ func (m *Manager) bindable(l connect.Bind) error {
 	return ln.Close()
 }
 
-// bindableSocket touches nothing that is there: HAProxy would put its socket in the place
-// of any file.
+// bindableSocket returns why HAProxy must not make a socket at path, or nil. HAProxy would
+// replace any file there, so only a socket on which nobody listens may be there. Nothing at
+// path is changed.
 func (m *Manager) bindableSocket(path string) error {
 	dir := filepath.Dir(path)
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
@@ -142,7 +144,8 @@ func (m *Manager) bindableSocket(path string) error {
 	return ln.Close()
 }
 
-// because is the cause of an error without the address, which its reader has already.
+// because returns the system's reason in err without the address, which the message has
+// already; "" if there is none.
 func because(err error) string {
 	var sys syscall.Errno
 	if errors.As(err, &sys) {

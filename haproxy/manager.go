@@ -20,10 +20,11 @@ type proxy interface {
 	Start(ctx context.Context) error // returns once it serves; nothing to do when it does
 	Reload(ctx context.Context) error
 	Up() bool
-	// Inherits: a predecessor's HAProxy still has the listeners; Start takes them over.
+	// Inherits reports whether a predecessor's HAProxy still has the listeners; Start then
+	// takes them over.
 	Inherits() bool
-	// Replace starts another HAProxy from the files beside the one that runs, whose
-	// sessions go on: for when its sockets are lost.
+	// Replace starts another HAProxy from the files beside the running one, whose sessions go
+	// on. It is needed when the sockets of the running one are lost.
 	Replace(ctx context.Context) error
 	Do(ctx context.Context, command string, payload []byte) (string, error)
 }
@@ -52,8 +53,8 @@ type Config struct {
 	SocketPath func(path string) error
 	// Reloaded is told when another worker has taken over. Nil is fine.
 	Reloaded func()
-	// Applied is told of each configuration that runs, before HAProxy uses a new
-	// slot of it: the Go dialer must listen first. Nil is fine.
+	// Applied is called with a configuration before HAProxy uses its new slots: the Go dialer
+	// must listen on them first. It may be nil.
 	Applied func(*render.Config) error
 }
 
@@ -111,13 +112,13 @@ type Manager struct {
 // applied is what HAProxy runs. The zero value is nothing.
 type applied struct {
 	running *render.Config
-	ran     *connect.Snapshot // that became running
+	ran     *connect.Snapshot // the snapshot that the structure of running was made from
 	served  served
 }
 
 // pace is how structural changes wait for each other.
 type pace struct {
-	since    time.Time // the first that waits; zero: none does
+	since    time.Time // when the first waiting change came; zero while none waits
 	last     string    // the change as last seen
 	reloaded time.Time
 }
@@ -161,7 +162,7 @@ func (m *Manager) Want(s *connect.Snapshot) {
 	}
 }
 
-// Restarted tells that HAProxy was started anew from the files.
+// Restarted wakes the loop after HAProxy was started anew from the files.
 func (m *Manager) Restarted() {
 	select {
 	case m.wake <- struct{}{}:
@@ -267,7 +268,8 @@ func stage(name, try string, err error) error {
 	return &stageError{name, try, err}
 }
 
-// pids in HAProxy's messages would make every one of them new.
+// pids matches the process ids in HAProxy's messages. Without removing them every repetition
+// would look like a new message.
 var pids = regexp.MustCompile(`\(\d+\)`)
 
 func (m *Manager) failed(err error) {
@@ -296,7 +298,8 @@ func (m *Manager) worked() {
 	m.mu.Unlock()
 }
 
-// step tries to make HAProxy match a snapshot. A positive wait means: not yet.
+// step tries to make HAProxy match a snapshot. A positive wait means that it is not done yet
+// and must be called again after that time.
 func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.Duration, err error) {
 	next, want, err := m.render(snap)
 	if err != nil {
@@ -330,7 +333,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.D
 	m.since = time.Time{}
 	if err := m.reload(ctx, want, plan); err != nil {
 		if m.exclude(next.ran, want, err) {
-			return time.Millisecond, nil // again, without it
+			return time.Millisecond, nil // try again at once, without the refused upstream
 		}
 		return 0, err
 	}

@@ -178,7 +178,7 @@ func newBed(t *testing.T) *bed {
 	return b
 }
 
-// want publishes upstreams by name; the number after ":" is the count of endpoints.
+// want publishes upstreams by name; each digit after ":" is an endpoint.
 func (b *bed) want(ups ...string) {
 	s := connecttest.Snapshot(b.leaf, b.roots)
 	for i, spec := range ups {
@@ -474,7 +474,7 @@ func cpu() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// A refused line of one upstream leaves out that upstream, as it is, and no other.
+// If HAProxy refuses a line of one upstream, that upstream is left out and no other.
 func TestARefusedUpstreamIsLeftOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t)
@@ -496,7 +496,7 @@ func TestARefusedUpstreamIsLeftOut(t *testing.T) {
 	})
 }
 
-// While a reload fails, what needs none goes on: endpoints, policies, the leaf.
+// While a reload fails, what needs no reload goes on: endpoints, policies, the leaf.
 func TestAFailingReloadHoldsUpNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t)

@@ -8,7 +8,8 @@
 // runs, so that a crash or restart begins from the present; a backend is emptied
 // only because Consul says so, never because of an error.
 //
-// It may import connect, certs and haproxy/render; cmd wires it.
+// It may import connect, certs, haproxy/render and haproxy/runtimeapi; haproxy/selftest and cmd
+// use it.
 package haproxy
 
 import (
@@ -34,15 +35,15 @@ type Reason string
 const (
 	Start     Reason = "start"
 	Structure Reason = "structure" // a listener, protocol, timeout, limit or target
-	Upstreams Reason = "upstreams" // one was added or removed
+	Upstreams Reason = "upstreams" // a listener was added or removed, mostly that of an upstream
 	Routes    Reason = "routes"    // a chain leads to other backends
 	RootsCA   Reason = "roots"     // on versions that cannot change them live
-	SlotsFull Reason = "slots"     // more endpoints of HTTP upstreams than sockets
+	SlotsFull Reason = "slots"     // a class of slots needs more sockets
 	Repair    Reason = "repair"    // a command failed, or HAProxy had drifted
 	Inbound   Reason = "inbound"   // a listener of callers or the application behind it
 )
 
-// Reasons are all of them.
+// Reasons lists every Reason.
 var Reasons = []Reason{Start, Structure, Upstreams, Routes, RootsCA, SlotsFull, Repair, Inbound}
 
 // Kind says what a command is for; the order of Kinds is the order of a Plan.
@@ -127,7 +128,7 @@ func (p Plan) Empty() bool { return p.Reload == "" && len(p.Commands) == 0 }
 // Features are what this HAProxy can change while it runs.
 type Features struct{ CACommit bool }
 
-// NewPlan compares. running nil means that nothing runs.
+// NewPlan returns the way from running to want. running is nil while nothing runs.
 func NewPlan(running, want *render.Config, can Features) Plan {
 	if running == nil {
 		return Plan{Reload: Start, Detail: "the first configuration"}
@@ -302,7 +303,8 @@ func (p *Plan) servers(now, want *render.Section) {
 	}
 }
 
-// bundles and leaves replace certificates in place; Manager proves each by "Used".
+// bundles and leaves replace certificates in place; Manager.swap then checks that HAProxy shows
+// each as used.
 func (p *Plan) bundles(running, want *render.Config) {
 	for _, name := range slices.Sorted(maps.Keys(want.Bundles)) {
 		if now, next := running.Bundles[name], want.Bundles[name]; now != nil && now.Fingerprint != next.Fingerprint {

@@ -24,7 +24,7 @@ var update = flag.Bool("update", false, "write what the tests get as what they e
 // planCase is one side of a case in testdata/plan.
 type planCase struct {
 	Inbound    connect.Protocol // "": a client only
-	Policy     string           // what differs between two
+	Policy     string           // any text: another text is another policy
 	Leaf, Root int              // which of the test's certificates
 	Upstreams  []planUpstream
 }

@@ -10,7 +10,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// sockets lists one of each directory of sockets that a configuration has.
+// sockets lists the sockets to look for: those that every configuration has, and one in the
+// directory of each class of slots.
 func sockets(c *render.Config) []string {
 	out := []string{render.StatsSocket, render.AdminSocket, render.AuthzSocket, render.MasterSocket}
 	for class, t := range c.Slots {
@@ -79,7 +80,7 @@ func (m *Manager) restore(ctx context.Context) error {
 	}
 	if lost {
 		again := m.conf.Proxy.Replace
-		if !m.conf.Proxy.Up() { // it died of it, or with it
+		if !m.conf.Proxy.Up() { // HAProxy has ended, because of the loss or together with it
 			again = m.conf.Proxy.Start
 		}
 		if err := again(ctx); err != nil {

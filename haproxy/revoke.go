@@ -20,7 +20,7 @@ type Runner func(ctx context.Context, command string) (string, error)
 // Verdict is what becomes of a session.
 type Verdict int
 
-// The verdicts.
+// The verdicts. EndTunnel ends a session only if it has become a tunnel: its answer was 101.
 const (
 	Keep Verdict = iota
 	EndTunnel
@@ -62,9 +62,10 @@ func EndSessions(ctx context.Context, do Runner, judge func(from netip.AddrPort,
 	return ended, live, wrong.ErrorOrNil()
 }
 
-// ends asks about one session, and the worker about the session as it is now: HAProxy gives
-// the number of one that has ended to the next, which may be anybody's. One that has ended
-// neither ends nor stays: its connection may be idle.
+// ends asks judge about a session. Before the session is ended it asks the worker whose the
+// session's number is now: HAProxy gives the number of an ended session to the next one, which
+// may be another caller's. A session that has ended meanwhile neither ends nor stays: its
+// connection may be idle.
 func ends(ctx context.Context, do Runner, s runtimeapi.Session, judge func(netip.AddrPort, bool) Verdict) (end, stays bool, err error) {
 	verdict := judge(s.From, s.Backend == "<NONE>")
 	if verdict == Keep {
@@ -80,8 +81,9 @@ func ends(ctx context.Context, do Runner, s runtimeapi.Session, judge func(netip
 	return end && now.From == s.From, !end && now.From == s.From, nil
 }
 
-// TellGeneration makes the generation of the policy known to a worker that was replaced:
-// the plan tells only the current one, and a kept connection is judged anew when it moves.
+// TellGeneration tells a replaced worker the generation of the policy, as the plan's commands
+// reach only the current worker. When the generation changes, a connection that is kept alive
+// is judged again.
 func TellGeneration(ctx context.Context, do Runner, dir, generation string) error {
 	out, err := do(ctx, "set map "+dir+"/"+render.PolicyMap+" "+render.PolicyKey+" "+generation)
 	if errors.Is(err, runtimeapi.ErrGone) {

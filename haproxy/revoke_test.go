@@ -37,7 +37,7 @@ func TestEndSessions(t *testing.T) {
 			return c[10:] + ": [30/Nov/2026:13:29:25.722263] id=0 proto=tcpv4 source=10.0.0.1:1000\n", nil
 		case "show sess 0x7f05":
 			return "0x7f05: id=0 proto=tcpv6 source=::1:1002\n", nil
-		case "show sess 0x7f0c": // its number is another's by now
+		case "show sess 0x7f0c": // the number is another caller's session by now
 			return "0x7f0c: id=0 proto=tcpv4 source=10.0.0.2:1000\n", nil
 		case "show sess 0x7f0d":
 			return "Session not found.\n", nil

@@ -14,8 +14,8 @@ func (m *Manager) deleteServers(ctx context.Context) {
 		return
 	}
 	for full, since := range m.deleting {
-		// First only drained: maintenance closes idle connections, and one that a
-		// request has just picked would be lost with it.
+		// The server drains first: maintenance closes idle connections, and a request that has
+		// just picked one of them would be lost.
 		if time.Since(since) < drainFor {
 			continue
 		}
@@ -55,7 +55,8 @@ func (m *Manager) drifted(ctx context.Context) bool {
 	return true
 }
 
-// otherServers counts servers that HAProxy should have and has not, and the reverse.
+// otherServers counts the servers that HAProxy lacks, and those in our backends that it should
+// not have.
 func (m *Manager) otherServers(have map[string]bool) (missing, extra int) {
 	ours := map[string]bool{}
 	for _, s := range m.running.Sections {
@@ -79,7 +80,7 @@ func (m *Manager) otherServers(have map[string]bool) (missing, extra int) {
 	return missing, extra
 }
 
-// otherEntries counts entries of maps that HAProxy has not as it should.
+// otherEntries counts the map entries that HAProxy lacks or has with another value.
 func (m *Manager) otherEntries(ctx context.Context) (other int) {
 	for name, live := range m.running.Maps {
 		if !live.Read {
@@ -99,7 +100,8 @@ func (m *Manager) otherEntries(ctx context.Context) (other int) {
 	return other
 }
 
-// otherLeaf is the serial number of a leaf that HAProxy shows and should not, or "".
+// otherLeaf returns the serial number of a leaf that HAProxy uses in place of the one it
+// should, "" if there is none.
 func (m *Manager) otherLeaf(ctx context.Context) string {
 	for name, leaf := range m.running.Leaves {
 		out, err := m.conf.Proxy.Do(ctx, "show ssl cert "+m.running.Dir+"/"+name, nil)

@@ -8,8 +8,9 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// stay puts upstreams that cannot be rendered, or that HAProxy refuses, back as they ran last:
-// a broken entry takes nothing down. It returns the same snapshot if none of them ran.
+// stay puts upstreams that cannot be rendered, or that HAProxy refuses, back as they ran last,
+// so that a broken config entry takes nothing down. If none of them ran, the result has the
+// same nouns as snap.
 func (m *Manager) stay(snap *connect.Snapshot, refused []*render.Refused) *connect.Snapshot {
 	out := *snap
 	for _, r := range refused {
@@ -42,7 +43,8 @@ func (m *Manager) stay(snap *connect.Snapshot, refused []*render.Refused) *conne
 	return &out
 }
 
-// replace is a sorted list with a noun in the place of the one of its name, if any.
+// replace returns a copy of a sorted list with one in the place of the element that order finds
+// equal, or inserted if there is none.
 func replace[T any](list []*T, one *T, order func(a, b *T) int) []*T {
 	i, found := slices.BinarySearchFunc(list, one, order)
 	list = slices.Clone(list)

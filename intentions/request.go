@@ -11,7 +11,7 @@ type Request struct {
 	Path    string // without query string, normalised by the caller
 	Headers []Header
 	Query   string // without "?"; tokens may be in it
-	Tokens  Tokens // nil: a required token is never there
+	Tokens  Tokens // verifies the tokens; if nil, no required token is ever met
 }
 
 // Header is one header line.
@@ -33,7 +33,8 @@ func (r *Request) header(name string) (string, bool) {
 	return value, found
 }
 
-// mismatch is "" when everything matches but tokens, else what does not.
+// mismatch names the first part of the permission that the request does not match, or returns
+// "" if all match. It does not look at tokens.
 func (m *Permission) mismatch(r *Request) string {
 	if len(m.Methods) > 0 && !slices.Contains(m.Methods, r.Method) {
 		return "method"

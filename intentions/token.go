@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// Provider issues JSON Web Tokens to callers (Consul's config entry jwt-provider).
-// Treat as read-only.
+// Provider is an issuer of JSON Web Tokens, as Consul's config entry jwt-provider describes
+// it. It must not be changed.
 type Provider struct {
 	Name      string
 	Issuer    string   // "iss" must be this, unless ""
 	Audiences []string // "aud" must have one of these, unless none
 	Locations []TokenLocation
 	ForwardTo string        // request header that receives the payload; "": none
-	Pad       bool          // with padding
+	Pad       bool          // forward the payload with base64 padding
 	ClockSkew time.Duration // allowed for "exp" and "nbf"
 	Keys      KeySource
 }
@@ -39,11 +39,11 @@ type KeySource struct {
 	CacheFor           time.Duration // between requests
 	MinRetry, MaxRetry time.Duration
 	CAs                string // PEM that the URI's server must chain to, "" the system's
-	CAFile             string // a file with the same; it is read for each request
+	CAFile             string // a file of such PEM, which replaces CAs and is read for each request
 }
 
-// Variable names what HAProxy knows a provider's payload by: fit for any
-// configuration, whatever the provider is called.
+// Variable returns the name of HAProxy's variable for the payload of the provider's token. It
+// is made of a digest, so that it fits a configuration whatever the provider is called.
 func (p *Provider) Variable() string {
 	sum := sha256.Sum256([]byte(p.Name))
 	return "jwt_" + hex.EncodeToString(sum[:6])
@@ -56,26 +56,27 @@ type Requirement struct {
 	provider *Provider
 }
 
-// Claim must have exactly this value, which is a string: numbers, booleans and lists
-// never match (as in Consul and Envoy). Path walks nested objects.
+// Claim asks for a claim that is a string and equals Value: numbers, booleans and lists never
+// match (as in Consul and Envoy). Path leads through nested objects.
 type Claim struct {
 	Path  []string
 	Value string
 }
 
-// Token is one that was verified.
+// Token is a verified JSON Web Token.
 type Token struct {
 	Claims  map[string]any
 	Payload string // base64url without padding
 }
 
-// Tokens finds and verifies the token that a request carries for a provider; without
-// one, why says what is missing or wrong. Package intentions/jwt does it.
+// Tokens finds and verifies the token that a request carries for a provider. If t is nil, why
+// says what is missing or wrong. Package intentions/jwt implements it.
 type Tokens interface {
 	Token(p *Provider, r *Request) (t *Token, why string)
 }
 
-// needs compiles requirements against the providers that exist.
+// needs returns the requirements with their providers looked up, and notes these providers in
+// p.providers.
 func (p *Policy) needs(list []Requirement) []Requirement {
 	list = slices.Clone(list)
 	for i := range list {
@@ -91,7 +92,7 @@ func (p *Policy) needs(list []Requirement) []Requirement {
 	return list
 }
 
-// Providers are those that an intention requires a token of, sorted by name.
+// Providers returns the providers of all tokens that the intentions require, sorted by name.
 func (p *Policy) Providers() []*Provider {
 	if p == nil {
 		return nil

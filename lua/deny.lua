@@ -1,6 +1,6 @@
--- A denial that its caller hears while it is still sending, for HAProxy 2.6 and HTTP/1: it
--- closes a connection on which it has not read everything, and the answer is lost with it.
--- Up to 1 MiB is read before the answer, which ends most of them, and up to 64 MiB after.
+-- A denial that its caller hears while it is still sending, for HAProxy 2.6 and HTTP/1:
+-- HAProxy closes a connection with unread data, and the answer is lost with it. The service
+-- reads up to 1 MiB before the answer, which is the whole of most requests, and up to 64 MiB after.
 --
 --   http-request use-service lua.deny if ...
 --

@@ -1,19 +1,18 @@
 // Package lua holds the Lua that runs inside HAProxy, embedded, with the names
 // that it registers there.
 //
-// It imports nothing; haproxy/render uses it.
+// It imports nothing; haproxy/render and cmd use it.
 package lua
 
 import _ "embed"
 
-// Spiffe is the identity filter: the file's content, its name on disk, and the
-// names it uses in HAProxy.
+// Spiffe is the source of the filter that checks the SPIFFE ID of a server.
 //
 //go:embed spiffe.lua
 var Spiffe string
 
-// Deny is the service that denies a request with a body, for versions that lose the
-// answer otherwise.
+// Deny is the source of the service that denies a request with a body, for versions of HAProxy
+// that would lose the answer.
 //
 //go:embed deny.lua
 var Deny string
@@ -28,8 +27,8 @@ const (
 	DenyFile      = "deny.lua"
 	DenyService   = "lua.deny"
 	RoutesFile    = "routes.lua"
-	Joined        = "joined"    // of Routes: a sample, a header's lines joined
-	TotalFilter   = "lua.total" // of Routes
+	Joined        = "joined"    // sample fetch in Routes: a header's lines, joined
+	TotalFilter   = "lua.total" // filter in Routes: the time limit of a whole answer
 	SpiffeFile    = "spiffe.lua"
 	SpiffeFilter  = "lua.spiffe"
 	SpiffeSlot    = "slot"             // argument: expected IDs are in SpiffeIDsVar

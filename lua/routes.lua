@@ -12,8 +12,8 @@ core.register_fetches("joined", function(txn, name)
   return table.concat(out, ",")
 end)
 
--- total ends an answer that takes longer than txn.total says, in milliseconds: at the next
--- data after that. Silence is bounded by HAProxy's own timeout.
+-- total ends an answer that takes longer than txn.total milliseconds, at the next data that
+-- arrives after that. HAProxy's own timeout bounds silence.
 local Total = { id = "total", flags = filter.FLT_CFG_FL_HTX } -- without the flag an HTTP proxy ignores it in silence
 Total.__index = Total
 

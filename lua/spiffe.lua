@@ -12,8 +12,8 @@
 
 local byte, sub, find, match = string.byte, string.sub, string.find, string.match
 
--- One DER header at p, inside last: tag, first and last content byte; nil when
--- malformed. Lengths up to 64 KiB, in their shortest form only.
+-- tlv reads a DER header at p, inside last: it returns tag, first and last content byte; nil
+-- when malformed. It takes lengths up to 64 KiB, in their shortest form only.
 local function tlv(s, p, last)
   local t, l = byte(s, p, p + 1)
   if not l or p >= last then return nil end
@@ -38,8 +38,8 @@ local function tlv(s, p, last)
   return t, c, e
 end
 
--- The names inside the SAN extension whose value starts at p: the one URI, or nil
--- and why there is none.
+-- one_uri reads the names inside the SAN extension whose value starts at p: it returns the one
+-- URI, or nil and why there is none.
 local function one_uri(der, p, e)
   local t, c, last = tlv(der, p, e)
   if t == 0x01 then t, c, last = tlv(der, last + 1, e) end -- "critical"
@@ -60,7 +60,7 @@ local function one_uri(der, p, e)
   return uri
 end
 
--- The single URI SAN of a DER certificate, or nil and a reason.
+-- uri_san returns the single URI SAN of a DER certificate, or nil and a reason.
 local function uri_san(der)
   local n = #der
   local t, c, e = tlv(der, 1, n)

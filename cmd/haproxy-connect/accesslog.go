@@ -13,15 +13,15 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 )
 
-// accessLine hands on what HAProxy logs: access lines to where they are wanted, the
-// rest, which is about HAProxy itself, to our own log.
+// accessLine passes on a line that HAProxy logs: an access line to the sink that is wanted,
+// any other line, which is about HAProxy itself, to our own log.
 func (s *running) accessLine(line string) {
 	rest, ok := strings.CutPrefix(line, render.AccessMark)
 	if !ok {
 		s.log.Debug("haproxy", "says", line)
 		return
 	}
-	sink := "stdout" // nothing that Consul names is written to unless it was looked at
+	sink := "stdout" // a sink that Consul names counts only without -access-log
 	if snap := s.newest.Load(); s.conf.accessLog == "" && snap != nil && snap.AccessLog.Sink != "" {
 		sink = snap.AccessLog.Sink
 	}
@@ -40,9 +40,9 @@ func (s *running) accessLine(line string) {
 	}
 }
 
-// accessFile is the access log in a file.
+// accessFile is the access log when Consul names a file for it.
 type accessFile struct {
-	sync.Mutex // two HAProxies may have something to say
+	sync.Mutex // two HAProxy processes may log at the same time
 	path, told string
 	f          *os.File
 	looked     time.Time
@@ -76,13 +76,13 @@ func (a *accessFile) moved() bool {
 	return err != nil || !os.SameFile(now, open)
 }
 
-// openLog opens a file that Consul names. As root it must not be steered, by Consul or by
-// whoever may write to a directory on the way, into what is no log.
+// openLog opens the log file that Consul names. As root it refuses system directories and paths that another
+// user could redirect: neither Consul nor such a user may make us write into a file that is no log.
 func openLog(path string) (*os.File, error) {
 	if os.Geteuid() == 0 {
 		for _, system := range []string{"/etc/", "/usr/", "/bin/", "/sbin/", "/lib", "/boot/", "/root/", "/proc/", "/sys/"} {
 			if strings.HasPrefix(filepath.Clean(path)+"/", system) {
-				return nil, fmt.Errorf("%s: no place for a log when started by root", path)
+				return nil, fmt.Errorf("%s: a log must not lie in a system directory when started by root", path)
 			}
 		}
 		if err := process.Trusted(filepath.Dir(path)); err != nil {
@@ -97,7 +97,7 @@ func openLog(path string) (*os.File, error) {
 	if err == nil {
 		st, ok := info.Sys().(*syscall.Stat_t)
 		if !info.Mode().IsRegular() || ok && (st.Nlink > 1 || int(st.Uid) != os.Geteuid()) {
-			err = fmt.Errorf("%s: not a file of our own", path)
+			err = fmt.Errorf("%s: the log must be a regular file of our own, with one link", path)
 		}
 	}
 	if err != nil {

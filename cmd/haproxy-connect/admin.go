@@ -55,8 +55,8 @@ func (s *sidecar) listenAdmin(ctx context.Context, g *errgroup.Group) (string, e
 	return ln.Addr().String(), nil
 }
 
-// server answers pages and metrics to whoever reaches its listener. It shares a process,
-// and so descriptors, with the authorization agent.
+// server returns an HTTP server with tight limits: whoever reaches its listener could
+// otherwise use up the descriptors, which it shares with the authorization agent.
 func server(h http.Handler) *http.Server {
 	return &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
 }
@@ -66,9 +66,9 @@ const maxPages = 64
 
 func limited(ln net.Listener) net.Listener { return netutil.LimitListener(ln, maxPages) }
 
-// named answers only to names that cannot be somebody else's: a web page may give its own
-// name our address, and would then read what is here (DNS rebinding). Health and metrics
-// are asked for by any name.
+// named refuses a request whose Host is not an address, localhost or the name in -admin-addr:
+// a web page could otherwise give its own name our address and read what we serve (DNS
+// rebinding). Health and metrics are served under any name.
 func named(h http.Handler, listen string) http.Handler {
 	own, _, _ := net.SplitHostPort(listen) // validated
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -99,7 +99,7 @@ func answer(w http.ResponseWriter, code int, v any) {
 	_ = e.Encode(v) // the client may be gone
 }
 
-// loopback lets only this host do what changes something, and no web page.
+// loopback refuses requests from other hosts and from web pages: the handlers behind it change something.
 func loopback(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.RemoteAddr)
@@ -180,11 +180,11 @@ type statusEndpoint struct {
 	Node    string `json:"node"`
 	Address string `json:"address"`
 	Weight  int    `json:"weight"`
-	// Of HAProxy's statistics, since it was last started or reloaded:
+	// From HAProxy's statistics, which begin anew at each start and reload:
 	Health   string `json:"health,omitempty"`
 	Sessions int    `json:"sessions"`
 	Latency  int    `json:"latency_ms"`
-	Verified bool   `json:"verified"` // it has sent something, which nobody does before its identity was verified
+	Verified bool   `json:"verified"` // the endpoint has answered, and nothing passes before its identity is verified
 }
 
 type statusCaller struct {
@@ -236,8 +236,8 @@ type statusReport struct {
 	Deleting  int               `json:"draining_servers"`
 	Restarts  uint64            `json:"haproxy_restarts"`
 	Revoked   uint64            `json:"revoked_sessions"`
-	Pending   bool              `json:"revocation_pending"` // not everything that is open was judged by the policy in force
-	Known     bool              `json:"known"`              // false: nothing was learnt yet, and what is empty says nothing
+	Pending   bool              `json:"revocation_pending"` // open sessions still wait to be judged by the policy in force
+	Known     bool              `json:"known"`              // false while the sidecar is set up: empty fields mean unknown
 }
 
 func (s *sidecar) status() statusReport {
@@ -292,7 +292,7 @@ func (s *sidecar) status() statusReport {
 //go:embed page
 var page embed.FS
 
-// servePage serves the status page: files of ours, which read /status.json.
+// servePage serves the status page, whose script reads /status.json.
 func servePage(mux *http.ServeMux) {
 	files, err := fs.Sub(page, "page")
 	if err != nil {

@@ -24,8 +24,8 @@ type app struct {
 	mu    sync.Mutex
 	cmd   *exec.Cmd
 	began chan struct{} // closed when it runs
-	done  chan struct{} // closed when it has ended
-	err   error         // of its start
+	done  chan struct{} // closed when it has ended, or could not be started
+	err   error         // why it could not be started
 }
 
 func newApp(args []string) *app {
@@ -72,10 +72,10 @@ func (a *app) start() error {
 	defer a.mu.Unlock()
 	cmd := exec.Command(a.args[0], a.args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	// Our token is not the application's, unless it is given to both as Consul's own.
+	// The application must not see our token. CONSUL_HTTP_TOKEN, which both may need, is passed on.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "HAPROXY_CONNECT_TOKEN=") })
-	// Its own group: a terminal's Ctrl-C begins the ordered stop, not the application's
-	// end. Should we be killed, it does not stay behind without a sidecar.
+	// The application has a process group of its own: a Ctrl-C in the terminal must begin the ordered stop, not end the
+	// application. If we are killed, the kernel sends it SIGTERM: it must not stay behind without a sidecar.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if a.err = cmd.Start(); a.err != nil {
 		close(a.done)
@@ -113,8 +113,8 @@ func (a *app) stop(ctx context.Context, timeout time.Duration, log *slog.Logger)
 	<-a.done
 }
 
-// exit is the application's exit code as ours, 128 and the signal's number if it was
-// killed, 126 if it could not be started.
+// exit returns the application's exit code as ours: 128 plus the signal's number if a signal
+// ended it, 126 if it could not be started.
 func (a *app) exit() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -134,9 +134,9 @@ func (a *app) exit() error {
 	return nil
 }
 
-// reapOrphans waits for what nobody else does: as process 1 of a container, every
-// process whose parent ended becomes ours. Our own children are reaped immediately by the code
-// that started them; a zombie seen in two consecutive scans is therefore an orphan.
+// reapOrphans reaps the zombies that nobody else waits for: as process 1 of a container we
+// inherit every process whose parent has ended. The code that started our own children reaps
+// them immediately; a zombie seen in two consecutive scans is therefore an orphan.
 func reapOrphans(ctx context.Context) {
 	if os.Getpid() != 1 {
 		return
@@ -163,7 +163,7 @@ func reapOrphans(ctx context.Context) {
 	}
 }
 
-// zombies are our dead children.
+// zombies returns the pids of our children that have ended but were not reaped.
 func zombies() (out []int) {
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {
@@ -179,7 +179,7 @@ func zombies() (out []int) {
 		if err != nil {
 			continue
 		}
-		// The name, in parentheses, may contain anything.
+		// The process name comes first, in parentheses, and may itself contain parentheses: skip to the last one.
 		f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 		if len(f) > 1 && f[0] == "Z" && f[1] == self {
 			out = append(out, pid)
@@ -188,13 +188,13 @@ func zombies() (out []int) {
 	return out
 }
 
-// notify tells systemd (Type=notify) how we are; without it, nobody.
+// notify tells systemd (Type=notify) our state; without NOTIFY_SOCKET it does nothing.
 func notify(state string) {
 	socket := notifySocket()
 	if socket == "" {
 		return
 	}
-	if socket[0] == '@' { // an abstract one
+	if socket[0] == '@' { // an abstract socket
 		socket = "\x00" + socket[1:]
 	}
 	c, err := net.Dial("unixgram", socket)
@@ -205,8 +205,8 @@ func notify(state string) {
 	_, _ = io.WriteString(c, state)
 }
 
-// notifySocket takes the address out of the environment: our children have nothing to
-// tell.
+// notifySocket returns systemd's address and removes it from the environment: our children
+// must not notify systemd.
 var notifySocket = sync.OnceValue(func() string {
 	defer os.Unsetenv("NOTIFY_SOCKET")
 	return os.Getenv("NOTIFY_SOCKET")

@@ -33,7 +33,7 @@ var mayImport = map[string][]string{
 	"lua":                 {},
 }
 
-// only says which package alone may import an external library, tests apart.
+// only maps an external library to the one package that may import it; tests and scripttest may too.
 var only = map[string]string{
 	"github.com/hashicorp/consul/api":      "connect/consul",
 	"github.com/haproxytech/config-parser": "haproxy/render",

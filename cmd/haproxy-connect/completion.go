@@ -47,7 +47,7 @@ type completionFlag struct {
 // choices are the values of a flag whose help lists them.
 var choices = regexp.MustCompile("`([a-z0-9]+(?:\\|[a-z0-9]+)+)`")
 
-// flagsOf are the flags of a command, which it tells when it is asked for help.
+// flagsOf returns the flags of a command: run with -h, a command returns them in a helpError.
 func flagsOf(name string) *flag.FlagSet {
 	var asked helpError
 	if err := commands[name](context.Background(), []string{"-h"}, io.Discard, io.Discard); errors.As(err, &asked) {
@@ -71,7 +71,7 @@ func cmdCompletion(_ context.Context, args []string, out, _ io.Writer) error {
 		data.Commands = append(data.Commands, name)
 	}
 	slices.Sort(data.Commands)
-	// What ends a word in one of the shells is nobody's loss in a description.
+	// A description loses the characters that would end a word in one of the shells.
 	help := strings.NewReplacer("'", "", "`", "", "[", "(", "]", ")", "://", "", ":", " ", `\`, "", "$", "")
 	seen := map[string]bool{}
 	for _, name := range data.Commands {

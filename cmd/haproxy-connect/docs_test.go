@@ -18,8 +18,8 @@ func document(t *testing.T, name string) string {
 	return string(b)
 }
 
-// Every command, flag and metric is in the tables of the README beside the code, and every
-// flag and metric of the tables is there.
+// TestTablesOfTheProgram checks that README.md names every command, flag and metric, and that
+// its tables name no flag or metric that the program does not have.
 func TestTablesOfTheProgram(t *testing.T) {
 	text := document(t, "README.md")
 	known := map[string]bool{}
@@ -53,7 +53,7 @@ func TestTablesOfTheProgram(t *testing.T) {
 	}
 }
 
-// The table of rooms says what the import test holds.
+// TestTableOfRooms checks that the table of rooms in haproxy/README.md says what mayImport says.
 func TestTableOfRooms(t *testing.T) {
 	rows := map[string][]string{}
 	table, _, _ := strings.Cut(document(t, "../../haproxy/README.md"), "## An endpoint's path")

@@ -106,7 +106,7 @@ func examineMachine(c *config, dir string) (out []consul.Finding) {
 	return out
 }
 
-// writable tries the run directory, and leaves nothing that was not there.
+// writable makes the run directory and writes to it, as a trial, and removes what it made.
 func writable(dir string, a process.Account) error {
 	made := ""
 	for up := dir; ; up = filepath.Dir(up) {

@@ -12,12 +12,12 @@ import (
 
 // Times of a drain.
 const (
-	leaveFor = 5 * time.Second        // at most, for callers to go elsewhere
-	quietFor = 300 * time.Millisecond // without a request: they have
+	leaveFor = 5 * time.Second        // the longest wait for callers to go elsewhere
+	quietFor = 300 * time.Millisecond // callers that send no request for so long have gone elsewhere
 )
 
-// idleGrace is how long callers have to notice, by an answer or by Consul, that this
-// instance goes, before connections that nobody uses are cut.
+// idleGrace is how long a drain waits, after the last request, for callers to close connections that they do
+// not use: an answer or Consul tells them that this instance goes. Then the connections are cut.
 const idleGrace = 3 * time.Second
 
 // drainInbound leaves the mesh, stops accepting callers and waits until their sessions have ended and
@@ -44,7 +44,7 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 			return
 		}
 	}
-	if !s.conf.register { // else it is deregistered by now
+	if !s.conf.register { // with -register the proxy is deregistered by now
 		quick, done := context.WithTimeout(ctx, 2*time.Second)
 		err := s.client.Leave(quick, id)
 		done()
@@ -86,7 +86,7 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 	}
 }
 
-// quiet waits until callers have stopped calling.
+// quiet waits until callers have sent no request for quietFor, at most for leaveFor.
 func (s *running) quiet(ctx context.Context, fronts map[string]bool) {
 	ctx, cancel := context.WithTimeout(ctx, leaveFor)
 	defer cancel()

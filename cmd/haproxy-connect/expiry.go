@@ -7,8 +7,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// watchExpiry warns when a leaf nears its end: the agent renews at 60 to 90 % of the
-// life, so what is older than that is not being renewed.
+// watchExpiry warns when a leaf nears its end: the agent renews a leaf at 60 to 90 % of its
+// life, so an older leaf is not being renewed.
 func (s *sidecar) watchExpiry(ctx context.Context) {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()

@@ -35,7 +35,7 @@ type config struct {
 	user         string
 	threads      int
 	maxConn      int
-	files        int // limit of open files; 0: as good as none
+	files        int // limit of open files; 0: practically unlimited
 	adminAddr    string
 	accessLog    string
 	originator   string
@@ -58,11 +58,11 @@ type stringsFlag []string
 func (s *stringsFlag) String() string     { return strings.Join(*s, ",") }
 func (s *stringsFlag) Set(v string) error { *s = append(*s, v); return nil }
 
-// environment names the variables of flags that have one of their own; every flag
-// also has HAPROXY_CONNECT_<FLAG>. Consul's library reads the CONSUL_* ones.
+// environment names a second variable for some flags; every flag has HAPROXY_CONNECT_<FLAG>.
+// Consul's library reads the CONSUL_* variables itself.
 var environment = map[string]string{"sidecar-for": "CONNECT_SIDECAR_FOR", "proxy-id": "CONNECT_PROXY_ID"}
 
-// aliases are flags of the old haproxy-consul-connect, by today's name.
+// aliases maps flags of the old haproxy-consul-connect to the names they have now.
 var aliases = map[string]string{"haproxy-cfg-base-path": "run-dir", "stats-addr": "admin-addr"}
 
 // obsolete flags are accepted and say why they do nothing.
@@ -72,7 +72,7 @@ var obsolete = map[string]string{
 	"stats-service-register": "register the metrics port with Consul yourself, if you need it there",
 }
 
-// newFlags are the flags of a command. Errors and help are told by parse's callers, once.
+// newFlags returns the flags of a command. The flag package prints nothing itself: realMain prints errors and help, once.
 func newFlags(name string, c *config) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -188,7 +188,7 @@ func fromFile(fs *flag.FlagSet, file string, given map[string]bool, set func(nam
 	}
 	var m map[string]any
 	d := json.NewDecoder(bytes.NewReader(b))
-	d.UseNumber() // 5 is "5" and not "5.000"
+	d.UseNumber() // 1000000 stays "1000000": a float64 would become "1e+06"
 	if err := d.Decode(&m); err != nil {
 		return usagef("-config-file %q: not a JSON object of flags: %v", file, err)
 	}

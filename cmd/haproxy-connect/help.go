@@ -15,8 +15,8 @@ type helpError struct{ fs *flag.FlagSet }
 
 func (h helpError) Error() string { return "help" }
 
-// help prints what a command is for and the flags that are its own, or with the program
-// itself all there are.
+// help prints what a command is for and its own flags; for the program itself, the usage and
+// all flags.
 func help(fs *flag.FlagSet, w io.Writer) {
 	defer fs.SetOutput(io.Discard)
 	if fs.Name() == program {
@@ -49,7 +49,7 @@ func help(fs *flag.FlagSet, w io.Writer) {
 	}
 }
 
-// program is the name of the flags that every command may have.
+// program is the name of the flag set of the run command, whose flags most commands share.
 const program = "haproxy-connect"
 
 var invalid = regexp.MustCompile(`^invalid (?:boolean )?value (".*") for (?:flag )?-([^ :]+): .*$`)
@@ -123,9 +123,9 @@ func distance(a, b string) int {
 	return row[len(b)]
 }
 
-// strangers are variables of the environment that look like ours and are none: a flag that
-// is misspelt would be ignored in silence. What Kubernetes and Docker add for a service of
-// our name is not ours.
+// strangers returns a warning for each HAPROXY_CONNECT_ variable that no flag reads: a
+// misspelt name would otherwise be ignored in silence. Variables that Kubernetes and Docker
+// add for a service called haproxy-connect are not reported.
 func strangers(fs *flag.FlagSet, environ []string) (out []string) {
 	for _, v := range environ {
 		name, _, _ := strings.Cut(v, "=")

@@ -36,7 +36,7 @@ func main() { os.Exit(realMain(os.Args[1:], os.Stdout, os.Stderr)) }
 
 var commands map[string]func(ctx context.Context, args []string, out, errw io.Writer) error
 
-func init() { // completion lists them
+func init() { // cmdCompletion reads commands: a literal would be an initialization cycle
 	commands = map[string]func(ctx context.Context, args []string, out, errw io.Writer) error{
 		"completion": cmdCompletion,
 		"run":        cmdRun, "render": cmdRender, "version": cmdVersion, "check": cmdCheck,

@@ -13,7 +13,7 @@ import (
 
 func TestMain(m *testing.M) { scripttest.Main(m, main) }
 
-// The scripts are in testdata; what they can do is in internal/scripttest.
+// TestScripts runs testdata/scripts; the commands that scripts may use are in internal/scripttest.
 func TestScripts(t *testing.T) { scripttest.Scripts(t) }
 
 func TestUsage(t *testing.T) { scripttest.Usage(t) }
@@ -22,7 +22,7 @@ func TestMeasure(t *testing.T) { scripttest.Measure(t) }
 
 func TestSoak(t *testing.T) { scripttest.Soak(t) }
 
-// TestUnit: systemd itself takes the unit, and finds it closed enough.
+// TestUnit checks that systemd accepts the unit and finds it closed enough.
 func TestUnit(t *testing.T) {
 	unit, err := os.ReadFile(filepath.Join("..", "..", "docker", "systemd", "haproxy-connect@.service"))
 	require.NoError(t, err)

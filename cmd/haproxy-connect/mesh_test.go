@@ -52,8 +52,8 @@ func meshAgent(t testing.TB, ar *txtar.Archive, service string) *connecttest.Age
 	return a
 }
 
-// TestMesh: captured answers of Consul in, the configuration out, as one file each;
-// every result is proved by HAProxy itself.
+// TestMesh renders the captured answers of Consul in each file of testdata/mesh and compares
+// the result with the one in the file. HAProxy itself checks every configuration.
 func TestMesh(t *testing.T) {
 	files, err := filepath.Glob("../../testdata/mesh/*.txtar")
 	require.NoError(t, err)
@@ -118,7 +118,7 @@ func TestMesh(t *testing.T) {
 	}
 }
 
-// fewSockets shortens the sockets of connectors, of which there are hundreds of one kind.
+// fewSockets keeps the first two of each run of connector sockets and counts the rest: there are hundreds.
 func fewSockets(conf string) string {
 	socket := regexp.MustCompile(`^  bind unix@\S+/\d+ id \d+ mode 600$`)
 	var out []string

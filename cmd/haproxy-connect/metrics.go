@@ -24,7 +24,7 @@ import (
 // are counted together.
 const maxCallers = 500
 
-// metrics are ours; HAProxy's own come from its exporter, in the same scrape.
+// metrics collects our own metrics; HAProxy's exporter adds its own to the same scrape.
 type metrics struct {
 	side     *sidecar
 	registry *prometheus.Registry
@@ -73,7 +73,7 @@ func newMetrics(s *sidecar) *metrics {
 	return m
 }
 
-// authorization is asked once per answer and generation by the agent.
+// authorization returns the counter of one kind of verdict; the agent asks for it once per verdict and policy generation.
 func (m *metrics) authorization(source string, d intentions.Decision) spoe.Counter {
 	verdict := spoe.Deny
 	switch {
@@ -93,15 +93,15 @@ func (m *metrics) authorization(source string, d intentions.Decision) spoe.Count
 	case spoe.Allow:
 		return &tally{prom, &who.allowed}
 	}
-	return prom // not counted for the page: the verdicts for each request that follow are
+	return prom // the status page counts the verdict on each request that follows instead
 }
 
-// seen is what is known of one caller.
+// seen counts the verdicts on one caller and keeps its last deny.
 type seen struct {
 	source          string
 	other           bool // stands for callers beyond maxCallers
 	allowed, denied atomic.Uint64
-	last            atomic.Pointer[intentions.Decision] // deny
+	last            atomic.Pointer[intentions.Decision] // the last deny
 }
 
 // tally counts for Prometheus and for the status page.
@@ -191,7 +191,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.ejections, ejections)
 	gauge(m.draining, float64(r.manager.Status().Deleting))
 	st := r.manager.Status()
-	for _, reason := range haproxy.Reasons { // also what has not happened: a rate needs a first value
+	for _, reason := range haproxy.Reasons { // a reason that has not occurred is shown as 0: a rate needs a first value
 		counter(m.reloads, st.Reloads[reason], string(reason))
 	}
 	for _, stage := range haproxy.Stages {
@@ -199,7 +199,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	counter(m.commands, st.Commands)
 	counter(m.drifts, st.Drifts)
-	watches := map[string]uint64{} // two may ask about the same in two ways
+	watches := map[string]uint64{} // summed by name: two watches may ask about the same thing in two ways
 	for _, f := range r.source.Feeds() {
 		watches[f.Name] += f.Errors
 	}
@@ -233,7 +233,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 // label bounds a label value that came from Consul.
 func label(s string) string { return plain(s, 100) }
 
-// plain keeps text from outside fit for a terminal: no control characters, not endless.
+// plain makes text from outside fit for a terminal: printable ASCII only, cut to most bytes.
 func plain(s string, most int) string {
 	b := []byte(s[:min(len(s), most)])
 	for i := range b {
@@ -244,7 +244,7 @@ func plain(s string, most int) string {
 	return string(b)
 }
 
-// serveMetrics writes ours, then HAProxy's: the names never meet.
+// serveMetrics writes our metrics, then HAProxy's: their names never collide.
 func (s *sidecar) serveMetrics(w http.ResponseWriter, r *http.Request) {
 	plain := r.Clone(r.Context())
 	plain.Header.Set("Accept", "text/plain;version=0.0.4")

@@ -19,42 +19,43 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 )
 
-// revocations ends what is open of callers that the policy denies now: after each change
-// of the policy, after each change of HAProxy's worker, and after a failure again, until
-// one pass over all workers had none.
+// revocations ends the open sessions and idle connections of callers that the policy now
+// denies. It passes over all workers after each change of the policy and of HAProxy's worker,
+// and repeats a pass that fails.
 type revocations struct {
 	log    *slog.Logger
 	dir    string
 	agent  *spoe.Agent
 	proc   *process.Process
 	newest func() *connect.Snapshot
-	maxAge time.Duration // of a caller's connection; 0: none
+	maxAge time.Duration // the longest life of a caller's connection; 0: unlimited
 	wake   chan struct{}
 
 	ended   atomic.Uint64
 	errors  atomic.Uint64
 	pending atomic.Bool // a pass is due, or has failed and will be repeated
 
-	// Only Run's goroutine:
-	judged    *intentions.Policy // that of the last complete pass
-	inherited string             // its digest, when a predecessor made that pass
+	// Only Run's goroutine uses these:
+	judged    *intentions.Policy // the policy of the last complete pass
+	inherited string             // the digest of that policy, if a predecessor made the pass
 	told      string
-	forbidden bool // it was said that idle connections cannot be ended
+	forbidden bool // the log already says that idle connections cannot be ended
 }
 
-// Times between passes that fail.
+// Times of a pass.
 const (
-	revokeAgain  = 200 * time.Millisecond
-	revokeLast   = 10 * time.Second
-	revokePass   = 10 * time.Second // of one pass
-	revokeWorker = 3 * time.Second  // of all workers' sessions: what is left is for the next pass
+	revokeAgain  = 200 * time.Millisecond // until a pass that failed is repeated for the first time
+	revokeLast   = 10 * time.Second       // the longest wait between repetitions
+	revokePass   = 10 * time.Second       // the longest that one pass may take
+	revokeWorker = 3 * time.Second        // of it for the sessions of all workers; the next pass takes the rest
 )
 
 // judgedFile holds the digest of the policy by which all open sessions were judged. A
-// successor reads it: it does not know who the callers of the sessions are that it finds.
+// successor reads it, as it does not know the callers of the sessions that it finds.
 const judgedFile = "judged"
 
-// Due says that a pass will be due, before anybody is answered by the new policy.
+// Due marks a pass as pending. It is called before the new policy answers anybody, so that no
+// status claims that everything was judged by it.
 func (r *revocations) Due() { r.pending.Store(true) }
 
 // Wake asks for a pass.
@@ -89,7 +90,7 @@ func (r *revocations) Run(ctx context.Context) {
 		case <-aged:
 			old = true
 		}
-		if !r.due() { // nobody can be here, and a start of HAProxy wakes us
+		if !r.due() { // there is nothing to judge, and the next start of HAProxy wakes us
 			r.pending.Store(false)
 			continue
 		}
@@ -128,7 +129,7 @@ func (r *revocations) due() bool {
 	return true
 }
 
-// inherit reads by what policy a predecessor has judged the sessions of its HAProxy.
+// inherit reads the digest of the policy by which a predecessor judged the sessions of its HAProxy.
 func (r *revocations) inherit() {
 	if b, err := os.ReadFile(filepath.Join(r.dir, judgedFile)); err == nil {
 		r.inherited = string(b)
@@ -149,7 +150,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		switch r.agent.Judge(from, pending, r.judged) {
 		case spoe.Ends:
 			return haproxy.End
-		case spoe.Unknown: // it was judged with the others, if the policy is the same
+		case spoe.Unknown: // the caller was judged before if the policy is the same, else it must not stay
 			if r.judged != policy {
 				return haproxy.End
 			}
@@ -159,7 +160,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 		return haproxy.Keep
 	}
 	ofSessions := judge
-	if old && !http { // a request that has begun is not cut for the age of its connection
+	if old && !http { // an HTTP request under way is not cut because its connection is old
 		ofSessions = func(from netip.AddrPort, pending bool) haproxy.Verdict {
 			if r.tooOld(from) {
 				return haproxy.End
@@ -176,7 +177,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	}
 	if http { // a connection between two requests is no session
 		idle, e := process.EndConnections(workers, public.Bind.Port, func(w process.Worker, from netip.AddrPort) bool {
-			// One that nobody is known of may be new, but not in a worker that accepts no more.
+			// A connection whose caller is unknown may be new, but not in an old worker, which accepts none.
 			if live[from] || judge(from, !w.Old) != haproxy.End && !(old && r.tooOld(from)) {
 				live[from] = true
 				return false
@@ -193,7 +194,7 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	if err != nil {
 		return err
 	}
-	r.agent.Forget(live) // only now is all known that lives
+	r.agent.Forget(live) // only a complete pass knows every live session
 	if r.judged != policy || r.inherited != "" {
 		r.judged, r.inherited = policy, ""
 		return certs.WriteFile(filepath.Join(r.dir, judgedFile), []byte(policy.Digest()), 0o600)
@@ -201,8 +202,8 @@ func (r *revocations) pass(ctx context.Context, old bool) error {
 	return nil
 }
 
-// endSessions asks all workers at once: one that hangs keeps none of the others waiting. One
-// that was replaced is told the generation of the policy first.
+// endSessions asks all workers at once, so that a worker that hangs does not delay the others.
+// A replaced worker is first told the generation of the policy.
 func (r *revocations) endSessions(ctx context.Context, workers []process.Worker, judge func(netip.AddrPort, bool) haproxy.Verdict) (ended int, live map[netip.AddrPort]bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, revokeWorker)
 	defer cancel()
@@ -228,7 +229,7 @@ func (r *revocations) endSessions(ctx context.Context, workers []process.Worker,
 	return ended, live, err
 }
 
-// permitted tells once what will never work, and passes on what may work again.
+// permitted drops ErrNotPermitted, which trying again would not cure, after one warning; it returns any other error.
 func (r *revocations) permitted(err error) error {
 	if !errors.Is(err, process.ErrNotPermitted) {
 		return err

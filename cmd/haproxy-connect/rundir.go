@@ -81,8 +81,8 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// restoreDir makes anew what somebody removed from the run directory: our own socket
-// and lock. What HAProxy has open of the old directory stays open.
+// restoreDir makes our socket and lock anew after somebody removed them from the run
+// directory. What HAProxy has open in the old directory stays open.
 func (s *running) restoreDir(ctx context.Context, data *errgroup.Group) error {
 	if err := process.PrepareDir(s.dir, s.account); err != nil {
 		return err
@@ -104,10 +104,10 @@ func (s *running) restoreDir(ctx context.Context, data *errgroup.Group) error {
 		if err != nil {
 			return err
 		}
-		data.Go(func() error { return s.agent.Serve(ctx, ln) }) // beside the old one, whose connections live
+		data.Go(func() error { return s.agent.Serve(ctx, ln) }) // beside the old listener, whose connections live on
 	}
 	if s.dial != nil {
-		return s.dial.Set(nil) // the manager lists its sockets again
+		return s.dial.Set(nil) // the manager then sets its sockets again, which makes them anew
 	}
 	return nil
 }

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// telemetry serves metrics where central configuration wants them, beside the admin
-// address: what others scrape may be open to the network, the admin address not.
+// telemetry serves metrics at the addresses that Consul's central configuration names, apart from the
+// admin address: a scraped address may be open to the network, the admin address may not.
 func (s *sidecar) telemetry(ctx context.Context) {
 	prometheus, stats := http.NewServeMux(), http.NewServeMux()
 	prometheus.HandleFunc("GET /metrics", s.serveMetrics)

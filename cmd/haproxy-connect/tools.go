@@ -46,7 +46,7 @@ func cmdVersion(ctx context.Context, args []string, out, errw io.Writer) error {
 	return printVersion(ctx, &c, out)
 }
 
-// printVersion never fails for something that is missing: it says so.
+// printVersion prints that a part is missing instead of failing for it.
 func printVersion(ctx context.Context, c *config, out io.Writer) error {
 	info, _ := debug.ReadBuildInfo()
 	fmt.Fprintf(out, "haproxy-connect %s (%s)\n", version(), info.GoVersion)
@@ -229,7 +229,7 @@ func cmdCheck(ctx context.Context, args []string, out, errw io.Writer) error {
 	return nil
 }
 
-// adminFlags are those of commands that talk to a running sidecar.
+// adminFlags returns the flags of a command that talks to a running sidecar.
 func adminFlags(name string, addr *string) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)

@@ -14,13 +14,13 @@ type statusUpstream struct {
 	Name      string           `json:"name"`
 	Listen    string           `json:"listen"`
 	Protocol  string           `json:"protocol"`
-	Target    string           `json:"target"` // the first of the last route: of the only one, mostly
+	Target    string           `json:"target"` // the first target of the chain's last group; most chains have only one group
 	Expects   []string         `json:"expects"`
 	Routes    []statusRoute    `json:"routes"`
 	Endpoints []statusEndpoint `json:"endpoints"`
 }
 
-// statusRoute is one way that requests take: the first that matches.
+// statusRoute is a route of the discovery chain; a request takes the first route that matches.
 type statusRoute struct {
 	Match   string        `json:"match"`
 	Rewrite string        `json:"rewrite,omitempty"`
@@ -31,7 +31,7 @@ type statusRoute struct {
 
 type statusSplit struct {
 	Percent float64        `json:"percent"`
-	Balance string         `json:"balance,omitempty"` // other than in turn
+	Balance string         `json:"balance,omitempty"` // empty: round robin
 	Targets []statusTarget `json:"targets"`           // in failover order
 }
 
@@ -39,10 +39,10 @@ type statusTarget struct {
 	Name      string `json:"name"`
 	Endpoints int    `json:"endpoints"`
 	Used      bool   `json:"used"`
-	Why       string `json:"why,omitempty"` // it is not used
+	Why       string `json:"why,omitempty"` // why the target is not used
 }
 
-// upstreamStatus tells of one upstream: where its routes lead, and who answers there.
+// upstreamStatus returns the status of one upstream: where its routes lead, and the endpoints of its targets.
 func upstreamStatus(snap *connect.Snapshot, l *connect.Listener, running *render.Config, stats map[string]map[string]string) statusUpstream {
 	one := statusUpstream{Name: l.Name, Protocol: string(l.Protocol()), Listen: l.Bind.String(), Expects: []string{}, Routes: []statusRoute{}, Endpoints: []statusEndpoint{}}
 	chain := &l.Branches[0].Chain
@@ -113,8 +113,8 @@ func routeStatus(snap *connect.Snapshot, r *connect.Route) statusRoute {
 	return out
 }
 
-// endpointStatus is the endpoints of a target with HAProxy's statistics of the servers that
-// stand for them.
+// endpointStatus returns the endpoints of a target, each with HAProxy's statistics of its
+// server.
 func endpointStatus(g *connect.Group, t *connect.Target, running *render.Config, stats map[string]map[string]string) []statusEndpoint {
 	list := make([]statusEndpoint, len(t.Endpoints))
 	for i, e := range t.Endpoints {
@@ -125,7 +125,7 @@ func endpointStatus(g *connect.Group, t *connect.Target, running *render.Config,
 	}
 	sec := running.Pool(g.Name, t.Name)
 	if sec == nil || len(sec.Servers) != len(list) {
-		return list // a change is on its way
+		return list // HAProxy does not run the newest endpoints yet
 	}
 	for i := range list {
 		row := stats[sec.Name+"/"+sec.Servers[i].Name]
@@ -141,7 +141,7 @@ func endpointStatus(g *connect.Group, t *connect.Target, running *render.Config,
 	return list
 }
 
-// simple reports whether everything takes one way, of which there is nothing to tell.
+// simple reports whether the upstream has one route to one target, so that a list of routes would say nothing.
 func (u *statusUpstream) simple() bool {
 	return len(u.Routes) == 1 && len(u.Routes[0].Splits) == 1 && len(u.Routes[0].Splits[0].Targets) == 1
 }

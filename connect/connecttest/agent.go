@@ -1,7 +1,7 @@
 // Package connecttest is a Consul agent for tests, as httptest is a server for
 // tests: it serves captured answers by path, with Consul's blocking queries.
 //
-// It imports nothing of ours; tests of any package may use it.
+// It may import certs, connect and intentions; only tests use it.
 package connecttest
 
 import (
@@ -75,8 +75,8 @@ func (a *Agent) Fail(status int) {
 	a.wake()
 }
 
-// CutAfter ends every query that has waited for so long without an answer, as a limit on
-// the time of an answer does; 0 lets them wait.
+// CutAfter closes the connection of every query that has waited for so long without an answer,
+// as a load balancer with a time limit does; 0 lets queries wait.
 func (a *Agent) CutAfter(d time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -92,7 +92,7 @@ func (a *Agent) Token(t string) {
 	a.wake()
 }
 
-// Header adds one to every answer.
+// Header adds a header to every answer.
 func (a *Agent) Header(name, value string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -109,7 +109,7 @@ func (a *Agent) Asked(path string) int {
 	return a.asked[path]
 }
 
-// wake needs a.mu.
+// wake wakes the queries that wait. The caller holds a.mu.
 func (a *Agent) wake() {
 	close(a.changed)
 	a.changed = make(chan struct{})

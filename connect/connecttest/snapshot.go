@@ -10,7 +10,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
-// Snapshot is one of a service www that nobody calls and that calls nobody.
+// Snapshot makes the snapshot of a service www without listeners: nobody calls it, and it
+// calls nobody.
 func Snapshot(leaf *certs.Leaf, roots *certs.Roots) *connect.Snapshot {
 	return &connect.Snapshot{
 		Proxy:   connect.Proxy{ID: "www-sidecar-proxy", Service: "www", Datacenter: "dc1", TrustDomain: roots.TrustDomain},
@@ -40,14 +41,14 @@ func Public(p connect.Protocol) Way {
 	return w
 }
 
-// Upstream is one whose endpoints must have this identity.
+// Upstream makes an upstream whose endpoints must have this identity.
 func Upstream(name string, p connect.Protocol, port int, id certs.SPIFFEID, endpoints ...connect.Endpoint) Way {
 	return way(&connect.Listener{Name: name, Role: connect.Local, Bind: connect.Bind{Address: "127.0.0.1", Port: port}, Idle: 5 * time.Minute}, p,
 		connect.GroupName(name+".default.dc1"), &connect.Target{Service: name, Datacenter: "dc1", Endpoints: endpoints,
 			Dial: connect.Dial{IDs: []certs.SPIFFEID{id}, Leaf: connect.OwnLeaf, Bundle: connect.OwnBundle}})
 }
 
-// But is another way, of which something differs. Its nouns are other ones.
+// But returns a copy of the way with a change. The copy has its own nouns, which change may edit.
 func (w Way) But(change func(*Way)) Way {
 	l, g, t := *w.Listener, *w.Group, *w.Target
 	l.Branches = slices.Clone(l.Branches)

@@ -16,8 +16,8 @@ func leadsTo(service string) string {
 	return `{"Chain":{"ServiceName":"db","Protocol":"tcp","StartNode":"resolver:x","Nodes":{"resolver:x":{"Type":"resolver","Name":"x","Resolver":{"ConnectTimeout":"7s","Target":"t"}}},"Targets":{"t":{"ID":"t","Service":"` + service + `","Datacenter":"dc1"}}}}`
 }
 
-// A chain that leads somewhere else is taken once something was heard of where it leads, and
-// one that leads nowhere is not taken at all.
+// A chain that leads to another target comes into force once the target's endpoints were heard
+// of; a chain that leads nowhere never does.
 func TestANewTargetIsWaitedFor(t *testing.T) {
 	m := newMesh(t)
 	m.run()
@@ -44,8 +44,8 @@ func TestANewTargetIsWaitedFor(t *testing.T) {
 	require.Equal(t, "other", target(s, 0).Service)
 }
 
-// FuzzChain: whatever a chain says, it is compiled or refused, and names nothing that is not
-// fit for a name.
+// FuzzChain checks that any chain is compiled or refused, that its targets have safe names, and
+// that its routes lead to groups that exist.
 func FuzzChain(f *testing.F) {
 	f.Add([]byte(`{"Protocol":"http","StartNode":"r","Nodes":{"r":{"Type":"router","Routes":[{"Definition":{"Match":{"HTTP":{"PathExact":"/x"}},"Destination":{"RequestTimeout":"1s","NumRetries":2,"RetryOn":["5xx"],"RequestHeaders":{"Set":{"a":"b"}}}},"NextNode":"s"}]},"s":{"Type":"splitter","Splits":[{"Weight":99.99,"NextNode":"x"},{"Weight":0.01,"NextNode":"x"}]},"x":{"Type":"resolver","Resolver":{"ConnectTimeout":5000000000,"Target":"t","Failover":{"Targets":["t","u"]}},"LoadBalancer":{"Policy":"ring_hash","HashPolicies":[{"Field":"cookie","FieldValue":"c","CookieConfig":{"TTL":1}}]}}},"Targets":{"t":{"Service":"a","Datacenter":"dc1"},"u":{"Service":"b","Datacenter":"dc2"}}}`))
 	f.Add([]byte(`{"StartNode":"r","Nodes":{"r":{"Type":"router","Routes":[{"NextNode":"r"}]}}}`))
@@ -83,7 +83,7 @@ func FuzzChain(f *testing.F) {
 	})
 }
 
-// An upstream that asks in another way loses nothing of what is known meanwhile.
+// An upstream whose query changes keeps what is known until the new query is answered.
 func TestAnotherQuestionLosesNothing(t *testing.T) {
 	m := newMesh(t)
 	m.run()

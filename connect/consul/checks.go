@@ -19,10 +19,10 @@ import (
 // checksEvery is how often the agent is asked which of its checks go through us.
 const checksEvery = 2 * time.Second
 
-// checks is asked for the checks of a service that the agent sends to an exposed port; the
-// answer is []exposed. The API tells the port, and what the check said last, which begins with
-// the address that was asked (agent/checks, check.go): until a check has run once its path is
-// not known. The application is taken to answer it where it answers everything else.
+// checks returns the watch for the checks of a service that the agent sends to an exposed port;
+// its answers are []exposed. The API tells the port and the check's last output, which begins
+// with the address that was asked (agent/checks, check.go): until a check has run once, its path
+// is not known. The application is assumed to answer a check where it answers everything else.
 func (c *Client) checks(serviceID string) watch {
 	return watch{key: "checks\x00" + serviceID, name: "checks", every: checksEvery, shapes: never, fetch: func(ctx context.Context, _ *cursor) (any, error) {
 		list, err := c.api.Agent().ChecksWithFilterOpts(fmt.Sprintf("ServiceID == %q", serviceID), (&api.QueryOptions{}).WithContext(ctx))
@@ -44,11 +44,11 @@ func (c *Client) checks(serviceID string) watch {
 	}}
 }
 
-// checked begins what a check says of its last try, that worked or did not.
+// checked matches how a check's output begins, after a try that was answered or one that was not.
 var checked = regexp.MustCompile(`^(?:HTTP [A-Z]+ (https?://[^ ]+): \d|[A-Z][a-z]+ "(https?://[^ "]+)": )`)
 
-// checkedPath is the path that an HTTP check asked for at its exposed port; "" is not known.
-// What comes after is of the application, and not looked at.
+// checkedPath returns the path that an HTTP check asked for at its exposed port; "": not known.
+// The rest of the output comes from the application and is not looked at.
 func checkedPath(check *api.AgentCheck) string {
 	m := checked.FindStringSubmatch(check.Output)
 	if m == nil {
@@ -68,7 +68,8 @@ func checkedPath(check *api.AgentCheck) string {
 	return path
 }
 
-// host is the agent's own address, if it is one.
+// host returns the agent's own address, or an empty list if it has a host name or a unix socket.
+// It never returns nil, which would let anybody in (see connect.Listener).
 func (c *Client) host() []string {
 	addr := c.addr
 	if _, rest, ok := strings.Cut(addr, "://"); ok {

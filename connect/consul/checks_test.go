@@ -7,7 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What a check says of itself is taken, what the application says in it is not.
+// The path is taken from the agent's part of the output, never from the application's.
 func TestCheckedPath(t *testing.T) {
 	for output, want := range map[string]string{
 		`HTTP GET http://:21500/debug?x=1: 200 OK Output: hello`:                  "/debug",

@@ -5,7 +5,7 @@
 // Invariants: nothing is published before registration, roots, leaf, intentions
 // and default policy have arrived once; an upstream that is slow or broken is
 // published without endpoints and holds up nobody; an error never removes what
-// was known; one goroutine owns the state, every watch sends it functions.
+// was known; one goroutine owns the state, every watch sends it updates.
 //
 // It may import connect, certs and intentions; only cmd uses it.
 package consul
@@ -115,9 +115,9 @@ func NewClient(c Config) (*Client, error) {
 	return out, nil
 }
 
-// withQuery adds the query that a context carries, and hands the answer's header back:
-// the library's raw call, which gives the whole answer where its types leave fields out,
-// takes only a path.
+// withQuery adds the query parameters that a context carries, and hands the answer's header
+// and body back. The library's raw call, which is needed where the library's types leave
+// fields out, takes only a path.
 type withQuery struct{ next http.RoundTripper }
 
 type queryKey struct{}
@@ -142,7 +142,7 @@ func (w withQuery) RoundTrip(r *http.Request) (*http.Response, error) {
 	if to, ok := r.Context().Value(headerKey{}).(*http.Header); ok && err == nil {
 		*to = res.Header
 		if res.Request != nil && res.Request.Header.Get("X-Consul-Token") != "" {
-			to.Set("X-Haproxy-Connect-Token", "yes") // ours, for hidden
+			to.Set("X-Haproxy-Connect-Token", "yes") // our own header, which hidden reads
 		}
 	}
 	if to, ok := r.Context().Value(bodyKey{}).(*bytes.Buffer); ok && err == nil {
@@ -258,7 +258,8 @@ func (c *Client) Lookup(ctx context.Context, w Selector) (string, error) {
 	return "", errors.New("No proxy ID specified. One of -proxy-id, -sidecar-for or -sidecar-for-tag is required")
 }
 
-// hidden says that a list is empty for the token's sake, which Consul tells in headers.
+// hidden explains that a list may be empty because ACLs hide what is there, which Consul tells in
+// headers; "" if it does not say so.
 func hidden(h http.Header) string {
 	switch {
 	case h.Get("X-Consul-Results-Filtered-By-Acls") == "true":

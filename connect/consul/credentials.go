@@ -11,9 +11,9 @@ import (
 	"github.com/hashicorp/consul/api"
 )
 
-// credentials adds to each request what the files say now: the token, and by way of the
-// transport the certificates. Whoever rotates them writes the files anew, and what was
-// read at the start stops working; the library reads them once.
+// credentials adds to each request what the files hold now: the token and, through the
+// transport, the certificates. The library reads the files only once, but whoever rotates
+// credentials rewrites the files, and what was read at the start stops working.
 type credentials struct {
 	tokenFile string
 	tls       api.TLSConfig
@@ -23,7 +23,7 @@ type credentials struct {
 	mu     sync.Mutex
 	looked time.Time
 	stamps map[string]stamp
-	token  string // "": as the library says
+	token  string // "": the library's own token is used
 	next   *http.Transport
 }
 
@@ -45,15 +45,15 @@ func newCredentials(conf *api.Config, first *http.Transport) *credentials {
 	}
 	c.fresh = func() *http.Transport {
 		t := first.Clone()
-		t.TLSClientConfig = nil // made of the files
+		t.TLSClientConfig = nil // NewHttpClient makes it anew from the files
 		return t
 	}
 	c.look(true)
 	return c
 }
 
-// RoundTrip sends a request. One that is forbidden is tried once more if the token file
-// has another token meanwhile.
+// RoundTrip sends a request. A request that is forbidden is sent once more if the token file
+// has another token by now.
 func (c *credentials) RoundTrip(r *http.Request) (*http.Response, error) {
 	token, next := c.now(false)
 	res, err := next.RoundTrip(withToken(r, token))
@@ -83,7 +83,8 @@ func withToken(r *http.Request, token string) *http.Request {
 	return r
 }
 
-// now is what to use; the files are looked at if that was not done a moment ago, or always.
+// now returns the token and the transport to use. It looks at the files first, but no more often
+// than lookEvery unless always is set.
 func (c *credentials) now(always bool) (string, *http.Transport) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -93,8 +94,8 @@ func (c *credentials) now(always bool) (string, *http.Transport) {
 	return c.token, c.next
 }
 
-// look needs c.mu, but at the start. What cannot be read, as it is being written, leaves
-// what there is in use.
+// look reads files that have changed. A file that cannot be read, perhaps as it is just being
+// written, leaves what is in use. The caller holds c.mu, except at the start.
 func (c *credentials) look(first bool) {
 	c.looked = time.Now()
 	if c.tokenFile != "" && (c.changed(c.tokenFile) || first) {
@@ -133,7 +134,8 @@ func (c *credentials) changed(file string) bool {
 	return true
 }
 
-// checkEnvironment refuses what the library would only warn of, and then ignore.
+// checkEnvironment refuses values that the library only warns of: it ignores an unreadable
+// CONSUL_HTTP_SSL, and takes an unreadable CONSUL_HTTP_SSL_VERIFY for false.
 func checkEnvironment() error {
 	for _, name := range []string{api.HTTPSSLEnvName, api.HTTPSSLVerifyEnvName} {
 		switch v := strings.ToLower(os.Getenv(name)); v {

@@ -30,7 +30,7 @@ const (
 
 func port(n int) bool { return n > 0 && n < 65536 }
 
-// ipAddress keeps an IP address that may be listened on.
+// ipAddress reads an IP address; anything else becomes a notice, and def is used.
 func ipAddress(where, key, v, def string, n *connect.Notices) string {
 	if v == "" {
 		return def
@@ -132,7 +132,7 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 	return in
 }
 
-// timeouts reads those toward the application.
+// timeouts reads the timeouts toward the application.
 func (in *inbound) timeouts(k *keys) {
 	in.connect = nonZero(k.ms(defaultConnect, "local_connect_timeout_ms"), defaultConnect)
 	if _, _, ok := k.get("connect_timeout"); ok { // the old program's key
@@ -181,8 +181,8 @@ func (in *inbound) paths(list []api.ExposePath, n *connect.Notices) {
 	})
 }
 
-// apart takes away listeners that meet another one of the service: half of the connections
-// would land on either.
+// apart removes listeners that clash with another listener of the service: each of the two
+// would get half of the connections.
 func (in *inbound) apart(n *connect.Notices) {
 	const why = "another listener of the service has this port; this one is left out"
 	if in.unsecured != 0 && in.bind.Clashes(in.unsecuredBind()) {
@@ -199,8 +199,8 @@ func (in *inbound) apart(n *connect.Notices) {
 	})
 }
 
-// accessLog reads the settings of proxy-defaults. Envoy's listener logs, which
-// DisableListenerLogs is about, are of connections that match no listener: we have none.
+// accessLog reads the access log's settings from proxy-defaults. It ignores DisableListenerLogs,
+// which is about Envoy's logs of connections that match no listener: we have no such connections.
 func accessLog(a *api.AccessLogsConfig, n *connect.Notices) (out connect.AccessLog) {
 	if a == nil || !a.Enabled {
 		return out
@@ -230,7 +230,7 @@ func accessLog(a *api.AccessLogsConfig, n *connect.Notices) (out connect.AccessL
 	return out
 }
 
-// telemetry reads where metrics are asked for.
+// telemetry reads the addresses at which metrics are to be served.
 func telemetry(k *keys) (t connect.Telemetry) {
 	for key, to := range map[string]*string{"envoy_prometheus_bind_addr": &t.Prometheus, "envoy_stats_bind_addr": &t.Stats} {
 		v := k.string(key)

@@ -62,7 +62,7 @@ func TestClientOnly(t *testing.T) {
 	require.Zero(t, in.bind.Port, "no application, no listener")
 }
 
-// Endpoints: health and weights as Envoy under Consul counts them.
+// Health and weights of endpoints count as with Envoy under Consul.
 func TestEndpoints(t *testing.T) {
 	entry := func(id, addr string, w api.AgentWeights, status ...string) *api.ServiceEntry {
 		e := &api.ServiceEntry{Node: &api.Node{Node: "n", Address: "10.9.9.9", TaggedAddresses: map[string]string{"wan": "203.0.113.9"}},
@@ -91,8 +91,8 @@ func TestEndpoints(t *testing.T) {
 	require.Contains(t, weights(endpoints(list, true, false)), "node@203.0.113.9")
 }
 
-// FuzzRegistration: whatever a registration says, decoding neither panics nor lets
-// a name or an address through that is not plain.
+// FuzzRegistration checks that decoding never panics and never lets a name or an
+// address through that is not plain, whatever a registration says.
 func FuzzRegistration(f *testing.F) {
 	f.Add([]byte(`{"Kind":"connect-proxy","Address":"1.2.3.4","Port":1,"Proxy":{"DestinationServiceName":"a","LocalServicePort":1,"Config":{"protocol":"http","limits":{"max_connections":"5"}},"Upstreams":[{"DestinationName":"b","LocalBindPort":2,"Config":{"connect_timeout_ms":1}}],"Expose":{"Paths":[{"Path":"/x","LocalPathPort":1,"ListenerPort":2}]}}}`))
 	f.Add([]byte(`{"Proxy":{"Upstreams":[{"DestinationName":"a\nb","LocalBindSocketPath":"/tmp/x\n","LocalBindSocketMode":"9"}]}}`))

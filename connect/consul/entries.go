@@ -40,8 +40,8 @@ var tlsCiphers = []string{
 	"TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256",
 }
 
-// tls reads the versions and ciphers of both directions. What is not known is the default,
-// which is no weaker.
+// tls reads the versions and ciphers of both directions. An unknown version becomes the
+// default, which is no weaker; an unknown cipher is left out.
 func (m *meshEntry) tls(n *connect.Notices) (in, out connect.TLS) {
 	if m.TLS == nil {
 		return in, out
@@ -79,8 +79,8 @@ func (s *tlsSettings) decode(key string, n *connect.Notices) (out connect.TLS) {
 	return out
 }
 
-// mesh is asked for the entry, a meshEntry, in its list form: the single form loses the
-// index while there is none.
+// mesh returns the watch for the mesh entry; its answers are meshEntry. It asks for the list
+// of entries: a query for the single entry loses the index while there is no entry.
 func (c *Client) mesh() watch {
 	return watch{key: "mesh", name: "mesh", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		var list []meshEntry
@@ -128,9 +128,9 @@ func (m *meshEntry) decode(n *connect.Notices) (out connect.Normalize, sanitize 
 	return out, sanitize
 }
 
-// tlsMode is asked for MutualTLSMode of one config entry, service-defaults or
-// proxy-defaults: the registration does not carry it. The list form keeps the index
-// while there is no entry.
+// tlsMode returns the watch for the MutualTLSMode of one config entry, service-defaults or
+// proxy-defaults, which the registration does not carry; its answers are api.MutualTLSMode.
+// A query for the list keeps the index while there is no entry.
 func (c *Client) tlsMode(kind, name string) watch {
 	return watch{key: "tls mode\x00" + kind + "\x00" + name, name: kind, shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		list, meta, err := c.api.ConfigEntries().List(kind, cur.options(ctx))
@@ -159,9 +159,9 @@ func (c *Client) tlsMode(kind, name string) watch {
 // blocking query for each would cost a connection.
 const extensionsEvery = time.Minute
 
-// extensions is asked for the EnvoyExtensions of the service and of all proxies; the answer
-// is connect.Notices. Consul does not merge them into the registration, but applies them in
-// its servers (agent/envoyextensions).
+// extensions returns the watch for the EnvoyExtensions of the service and of all proxies; its
+// answers are connect.Notices. Consul does not merge them into the registration, but applies
+// them in its servers (agent/envoyextensions).
 func (c *Client) extensions(service string) watch {
 	return watch{key: "extensions\x00" + service, name: "extensions", every: extensionsEvery, shapes: never, fetch: func(ctx context.Context, _ *cursor) (any, error) {
 		var n connect.Notices

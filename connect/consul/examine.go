@@ -57,7 +57,7 @@ func (c *Client) Examine(ctx context.Context, w Selector) (f Facts, out []Findin
 	case version == "":
 		say("agent", OK, fmt.Sprintf("%s answers in %s (its version needs agent:read)", c.addr, time.Since(begun).Round(time.Millisecond)), "")
 	case older(version, 1, 13):
-		say("agent", Warn, c.addr+" is Consul "+version, "tested with 1.21; older than 1.13 lacks what is asked for")
+		say("agent", Warn, c.addr+" is Consul "+version, "tested with 1.21; Consul before 1.13 lacks what a sidecar asks for")
 	default:
 		say("agent", OK, fmt.Sprintf("%s is Consul %s, answers in %s", c.addr, version, time.Since(begun).Round(time.Millisecond)), "")
 	}
@@ -278,7 +278,7 @@ func (c *Client) examineBudget(ctx context.Context, own *api.AgentService, say s
 	}
 }
 
-// listens are the addresses that a registration asks for.
+// listens returns the addresses that a registration makes its sidecar listen on.
 func listens(s *api.AgentService) (out []string) {
 	var ignored connect.Notices // said by the sidecar itself
 	binds := decodeInbound(s, &ignored).binds()

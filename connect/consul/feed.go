@@ -27,8 +27,8 @@ const (
 	// Every answer lists every instance: while thousands are replaced, reading all of
 	// them again for each would cost the agent and us more than the traffic does.
 	pauseEach = 100 * time.Microsecond
-	// Leaves of a lifetime that is nearly over are renewed as fast as they are asked
-	// for: each costs a server a signature, and HAProxy 2.6 has crashed after hundreds.
+	// Leaves that are about to expire are renewed as fast as they are asked for: each
+	// costs a server a signature, and HAProxy 2.6 has crashed after hundreds of new leaves.
 	leafPause = time.Second
 )
 
@@ -67,13 +67,13 @@ func (c *cursor) advance(m *api.QueryMeta) {
 	}
 }
 
-// history tells answers from the past: a server that reads its log again after a restart
-// has, for a moment, the intentions, roots and instances of long ago, and gives them to
-// whoever asks no leader. A state that has truly gone back, restored or begun anew, is
-// believed after pastFor.
+// history recognises answers from the past: a server that reads its log again after a restart
+// has, for a moment, the intentions, roots and instances of long ago, and gives them to queries
+// that need no leader. If the state was really set back, restored from a backup or begun anew,
+// such answers are believed after pastFor.
 type history struct {
-	index uint64    // of what was believed last
-	since time.Time // when answers began to be older than that; zero: they are not
+	index uint64    // of the last answer that was believed
+	since time.Time // when answers began to be older than index; zero: they are not
 }
 
 const pastFor = 10 * time.Second
@@ -99,7 +99,7 @@ type Feed struct {
 	Since   time.Time
 	Errors  uint64
 	Answers uint64
-	away    bool // the error is of an agent or servers that are not there
+	away    bool // the last error means that the agent or its servers are away
 }
 
 // feeds keeps the conditions; watches write, anybody reads.
@@ -107,12 +107,12 @@ type feeds struct {
 	mu   sync.Mutex
 	all  map[*Feed]bool
 	log  *slog.Logger
-	away int       // how many are
-	back time.Time // when the last one ceased to be
+	away int       // how many watches have found the agent or its servers away
+	back time.Time // when a watch last recovered from that
 
 	failing int             // watches that fail
-	since   time.Time       // when the first of them began to
-	told    map[string]bool // what was said of them
+	since   time.Time       // when the first of them began to fail
+	told    map[string]bool // kinds of errors that were logged since then
 }
 
 // settled returns when the last failing watch recovered: now while any still fails, the zero
@@ -138,7 +138,7 @@ func (f *feeds) setAway(one *Feed, away bool) {
 	one.away = away
 }
 
-// open begins the account of a watch.
+// open adds the feed of a watch.
 func (f *feeds) open(name string) *Feed {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -150,7 +150,8 @@ func (f *feeds) open(name string) *Feed {
 	return one
 }
 
-// ok logs only the end of a trouble, once for all watches that had it.
+// ok counts an answer. It logs that Consul answers again only once no watch fails any more; the
+// recovery of a single watch is a debug line.
 func (f *feeds) ok(one *Feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -167,7 +168,7 @@ func (f *feeds) ok(one *Feed) {
 	one.Since = time.Now()
 }
 
-// recovered counts a failing watch out.
+// recovered counts one failing watch less, and logs the recovery of the last one.
 func (f *feeds) recovered() {
 	if f.failing--; f.failing == 0 {
 		f.log.Info("Consul answers again", "after", time.Since(f.since).Round(time.Millisecond))
@@ -175,8 +176,8 @@ func (f *feeds) recovered() {
 	}
 }
 
-// failed logs each kind of error once until no watch fails any more, with what to try:
-// an agent that is away is one trouble, however many watches meet it.
+// failed counts an error. Until no watch fails any more it warns once of each kind of error, with
+// what to try: an agent that is away is one trouble, however many watches meet it.
 func (f *feeds) failed(one *Feed, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -207,10 +208,10 @@ func (f *feeds) failed(one *Feed, err error) {
 	one.Err = text
 }
 
-// sourcePort is of our own end of a connection, which is another one each time.
+// sourcePort matches our own end of a connection in an error; its port differs each time.
 var sourcePort = regexp.MustCompile(`(?:read|write) (tcp|unix) [^ ]+->`)
 
-// trouble is an error without the question that met it, which differs from watch to watch.
+// trouble returns the text of an error without the URL, which differs from watch to watch.
 func trouble(err error) string {
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -219,7 +220,7 @@ func trouble(err error) string {
 	return sourcePort.ReplaceAllString(err.Error(), "$1 ")
 }
 
-// drop ends the account of a watch.
+// drop removes the feed of a watch.
 func (f *feeds) drop(one *Feed) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -240,8 +241,8 @@ func (f *feeds) list() []Feed {
 	return out
 }
 
-// refused reports a trouble of an agent that is well: it answers 4xx, or what is wrong is
-// not Consul's.
+// refused reports whether the agent is well in spite of the error: it answers 4xx, or the fault
+// is in a service's name or with the name server.
 func refused(err error) bool {
 	var s api.StatusError
 	var name nameError
@@ -257,7 +258,7 @@ func cut(err error) bool {
 		isStatus(err, 502) || isStatus(err, 504) || strings.Contains(err.Error(), "server closed") || strings.Contains(err.Error(), "GOAWAY") || strings.Contains(err.Error(), "stream error") // over HTTP/2
 }
 
-// shorten makes blocking queries shorter than one that was cut after so long.
+// shorten makes later blocking queries wait less than a query that was cut after so long.
 func (c *Client) shorten(after time.Duration) {
 	next := max(min(after, time.Duration(c.wait.Load()))*3/4, shortest)
 	for {
@@ -268,7 +269,7 @@ func (c *Client) shorten(after time.Duration) {
 	}
 }
 
-const shortest = time.Second // wait of a blocking query
+const shortest = time.Second // no blocking query waits less
 
 // hint names the next thing to try.
 func hint(err error) string {

@@ -69,7 +69,7 @@ func (m *mesh) follow(c Config) *buffer {
 	return log
 }
 
-// A token file that is written anew is read anew: whoever rotates tokens deletes the old.
+// A token file that has changed is read again: whoever rotates tokens deletes the old one.
 func TestTokenFileIsReadAgain(t *testing.T) {
 	m := newMesh(t)
 	file := filepath.Join(t.TempDir(), "token")
@@ -91,7 +91,7 @@ func TestTokenFileIsReadAgain(t *testing.T) {
 	m.until("one endpoint", count(1))
 }
 
-// Watches that are cut at a steady time are asked again, shorter, and nobody is told.
+// Watches that are always cut after the same time ask again with a shorter wait, and log nothing.
 func TestCutWatches(t *testing.T) {
 	m := newMesh(t)
 	m.agent.CutAfter(1200 * time.Millisecond)
@@ -109,7 +109,8 @@ func TestCutWatches(t *testing.T) {
 	require.Less(t, m.agent.Asked("/v1/agent/connect/ca/roots"), 100, "no flood")
 }
 
-// An agent that goes is one line, whatever watches meet it, and one when it is back.
+// An agent that goes away is one line in the log, however many watches meet it, and one more
+// when it is back.
 func TestAgentAwayIsOneLine(t *testing.T) {
 	m := newMesh(t)
 	log := m.follow(Config{})
@@ -139,7 +140,7 @@ func TestAgentAwayIsOneLine(t *testing.T) {
 	require.Len(t, log.lines("INFO"), 1, "%s", log.lines("INFO"))
 }
 
-// A name that no certificate can have is the reason that is told.
+// A service name that no certificate can have is logged as the reason.
 func TestNamesThatSPIFFEDoesNotAllow(t *testing.T) {
 	for _, name := range []string{"web:80", "we b", "über", "*web", ".."} {
 		m := newMesh(t)
@@ -179,7 +180,7 @@ func TestHostNames(t *testing.T) {
 	require.Contains(t, log.lines("WARN")[0], "nobody.invalid")
 }
 
-// What Consul's agent keeps from a token is said, and not that a service is missing.
+// If ACLs hide services from the token, the error says so, not just that a service is missing.
 func TestHiddenByACLs(t *testing.T) {
 	m := newMesh(t)
 	m.agent.Set("/v1/agent/services", `{}`)
@@ -236,7 +237,7 @@ func TestListsOfOne(t *testing.T) {
 	require.Equal(t, []any{22 * time.Second, 2, 50}, []any{up.passive.Interval, up.passive.MaxFailures, *up.passive.MaxEjected})
 }
 
-// Listeners of one service that meet: the public one stays.
+// If listeners of one service clash, the public one stays.
 func TestOwnListenersClash(t *testing.T) {
 	for name, c := range map[string]struct {
 		config map[string]any
@@ -259,7 +260,7 @@ func TestOwnListenersClash(t *testing.T) {
 	}
 }
 
-// A CA file that is written anew is read anew: the agent's certificate is of another CA now.
+// A CA file that has changed is read again: the agent's certificate is of another CA now.
 func TestTLSFilesAreReadAgain(t *testing.T) {
 	dir := t.TempDir()
 	ca := filepath.Join(dir, "ca.pem")
@@ -314,9 +315,9 @@ func TestPollIntervalChanges(t *testing.T) {
 	require.Same(t, target(first, 0), target(m.last.Load(), 0), "nothing else has changed")
 }
 
-// A server that reads its log again after a restart answers from the past, which opens
-// what was denied since and knows no root of today; nothing of it is believed, unless it
-// goes on saying so.
+// A server that reads its log again after a restart answers from the past: it allows what was
+// denied since, and does not know the roots of today. Such answers are not believed, unless the
+// server goes on giving them.
 func TestThePastIsNotBelieved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := NewSource(nil, "", slog.New(slog.DiscardHandler))

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	hostEvery    = 10 * time.Second // names are looked up; what a name means may change
+	hostEvery    = 10 * time.Second // how often names are looked up: their addresses may change
 	maxAddresses = 32               // of one name
 )
 
@@ -33,8 +33,8 @@ func isAddress(s string) bool {
 // lookupError is an answer of the name server, not of Consul.
 type lookupError struct{ error }
 
-// address is asked for those of a host name that instances are registered with; the answer
-// is []string, sorted. The names that endpoints have are looked up, and no others.
+// address returns the watch for the addresses of a host name that instances are registered
+// with; its answers are []string, sorted. Only host names of endpoints are looked up.
 func address(name string) watch {
 	return watch{key: "address\x00" + name, name: "address of " + name, every: hostEvery, shapes: never, fetch: func(ctx context.Context, _ *cursor) (any, error) {
 		ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)

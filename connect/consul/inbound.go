@@ -8,8 +8,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// inbound is the public side of a registration, decoded. Port 0: the service only calls
-// others.
+// inbound is the public side of a registration, decoded. If bind.Port is 0, the service only
+// calls others.
 type inbound struct {
 	bind         connect.Bind
 	protocol     connect.Protocol
@@ -64,8 +64,8 @@ const (
 	permissiveGroup = "permissive_app"
 )
 
-// add makes the nouns of the public side. permissive lets in plain connections that meant
-// the application's own port; checks are paths that the agent asks for.
+// add makes the nouns of the public side. permissive lets in plain connections whose original
+// destination was the application's own port; checks are the paths that the agent's checks ask for.
 func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool, checks []exposed) {
 	if in.bind.Port == 0 {
 		return

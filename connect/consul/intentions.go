@@ -38,7 +38,8 @@ func tokens(r *api.IntentionJWTRequirement) (out []intentions.Requirement) {
 	return out
 }
 
-// intentions is asked for all that name a destination; the answer is []intentions.Intention.
+// intentions returns the watch for all intentions that name a destination; its answers are
+// []intentions.Intention.
 func (c *Client) intentions(service string) watch {
 	return watch{key: "intentions\x00" + service, name: "intentions", fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		var got map[string][]wireIntention
@@ -98,14 +99,15 @@ const defaultProbe = "spiffe://00000000-0000-0000-0000-000000000000.consul/ns/ha
 // defaultEvery is how often the default policy is asked for.
 const defaultEvery = 30 * time.Second
 
-// defaultAllow is asked for the effective default policy, a bool: an identity of a namespace
-// that no intention of the community edition can name always gets the default.
+// defaultAllow returns the watch for the effective default policy; its answers are bool, true to
+// allow. It asks about defaultProbe: an identity of a namespace that no intention of the
+// community edition can name always gets the default.
 func (c *Client) defaultAllow(service string) watch {
 	return watch{key: "default policy\x00" + service, name: "default policy", every: defaultEvery, shapes: never,
 		fetch: func(ctx context.Context, _ *cursor) (any, error) { return c.authorize(ctx, service, defaultProbe) }}
 }
 
-// never is of answers that do not change what else is asked.
+// never is the shapes function of watches whose answers do not change what else is asked.
 func never(any) bool { return false }
 
 func (c *Client) authorize(ctx context.Context, target, uri string) (bool, error) {

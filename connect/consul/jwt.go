@@ -28,8 +28,8 @@ type providers struct {
 	notices connect.Notices
 }
 
-// providers is asked for every jwt-provider. It is wanted once an intention requires a
-// token: most services have none, and a watch costs a connection.
+// providers returns the watch for every jwt-provider; its answers are providers. It is wanted
+// once an intention requires a token: most services need none, and a watch costs a connection.
 func (c *Client) providers() watch {
 	return watch{key: "jwt providers", name: "jwt providers", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		list, meta, err := c.api.ConfigEntries().List(api.JWTProvider, cur.options(ctx))
@@ -122,7 +122,8 @@ func provider(e *api.JWTProviderConfigEntry, n *connect.Notices) *intentions.Pro
 	return p
 }
 
-// authorities reads whom the key server must be certified by.
+// authorities reads the CAs that the key server's certificate must chain to. why, if not "", is
+// the reason why they cannot be used.
 func authorities(r *api.RemoteJWKS, k *intentions.KeySource) (why string) {
 	if r.JWKSCluster == nil || r.JWKSCluster.TLSCertificates == nil {
 		return ""

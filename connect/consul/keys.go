@@ -9,8 +9,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// keys reads an opaque, weakly typed configuration map: a value that cannot be
-// used keeps the default and becomes a notice, a key nobody asked for too.
+// keys reads an opaque, weakly typed configuration map. A value that cannot be used
+// becomes a notice, and the default stays; a key that nobody asked for becomes a notice, too.
 type keys struct {
 	where   string
 	m       map[string]any
@@ -182,7 +182,7 @@ func (k *keys) protocol(def connect.Protocol) connect.Protocol {
 	return p
 }
 
-// balance accepts what Envoy needs to be told, and HAProxy does by itself.
+// balance accepts a setting that Envoy needs, while HAProxy balances by itself.
 func (k *keys) balance(name string) {
 	if s := k.string(name); s != "" && s != "none" && s != "exact_balance" {
 		k.bad(name, s, "exact_balance")
@@ -203,7 +203,8 @@ func (k *keys) sub(name string) *keys {
 	return newKeys(k.where, m, k.notices)
 }
 
-// envoyOnly are keys that speak Envoy's own language (Consul docs).
+// envoyOnly are keys for other proxies, mostly Envoy (Consul docs), and why they are ignored;
+// "": the key is Envoy's own.
 var envoyOnly = map[string]string{
 	"envoy_public_listener_json": "", "envoy_listener_tracing_json": "", "envoy_local_cluster_json": "", "envoy_listener_json": "",
 	"envoy_cluster_json": "", "envoy_bootstrap_json_tpl": "", "envoy_extra_static_clusters_json": "",

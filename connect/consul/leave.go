@@ -17,7 +17,7 @@ func (c *Client) Leave(ctx context.Context, proxyID string) error {
 	return c.api.Agent().EnableServiceMaintenanceOpts(proxyID, leaving, (&api.QueryOptions{}).WithContext(ctx))
 }
 
-// Return takes back what an earlier Leave of this proxy has left.
+// Return ends the maintenance that an earlier Leave of this proxy has begun.
 func (c *Client) Return(ctx context.Context, proxyID string) error {
 	q := (&api.QueryOptions{}).WithContext(ctx)
 	checks, err := c.api.Agent().ChecksWithFilterOpts(fmt.Sprintf("ServiceID == %q", proxyID), q)

@@ -9,15 +9,15 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// nouns are those of one snapshot. One that comes out as it did before is the same pointer,
-// which is how whoever reads snapshots sees what has changed.
+// nouns collects the listeners, groups and targets of one snapshot. A noun that is equal to the
+// one before it is the same pointer, by which readers of snapshots see what has changed.
 type nouns struct {
 	listeners kept[listenerKey, connect.Listener]
 	groups    kept[connect.GroupName, connect.Group]
 	targets   kept[connect.TargetName, connect.Target]
 }
 
-// listenerKey tells listeners apart: an upstream may be called as a listener of ours is.
+// listenerKey tells listeners apart: an upstream may have the name of one of our own listeners.
 type listenerKey struct {
 	role connect.Role
 	name string
@@ -33,7 +33,8 @@ func (k *kept[K, T]) next() kept[K, T] {
 	return kept[K, T]{make(map[K]*T, len(k.now)), k.now, make([]*T, 0, len(k.list))}
 }
 
-// add adds a noun once, and returns the one that stands for it.
+// add adds a noun once, and returns the pointer that stands for it: the one of the snapshot
+// before, if the two are equal.
 func (k *kept[K, T]) add(name K, one *T) *T {
 	if have := k.now[name]; have != nil {
 		return have

@@ -22,7 +22,7 @@ type Registration struct {
 	Service   string // the represented service
 	Port      int    // of the application; 0: a client only
 	Instance  string // tells replicas on one agent apart; "" for the only one, "hostname" for this host's name
-	Listen    string // addr:port of the public listener, the address perhaps a template of go-sockaddr; "" picks a free port
+	Listen    string // address:port of the public listener; the address may be a go-sockaddr template. "" picks a free port
 	Upstreams []string
 }
 
@@ -76,12 +76,12 @@ func ParseUpstream(s string) (api.Upstream, error) {
 	return u, nil
 }
 
-// Build makes the registration as Consul takes it. Errors name the flag.
+// build makes the registration as Consul takes it. Errors name the flag.
 func (r Registration) build() (*api.AgentServiceRegistration, error) {
 	reg := &api.AgentServiceRegistration{
 		Kind: api.ServiceKindConnectProxy, ID: r.ID(), Name: r.Service + "-sidecar-proxy",
 		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: r.Service, DestinationServiceID: r.of(), LocalServicePort: r.Port},
-		// Held up by Beat: only a sidecar that serves is passing.
+		// Beat keeps the check passing: only a sidecar that serves is.
 		Check: &api.AgentServiceCheck{CheckID: r.check(), Name: "haproxy-connect is ready", TTL: "30s", Status: api.HealthCritical},
 	}
 	if r.Port != 0 {
@@ -131,9 +131,9 @@ func (r Registration) Validate() error {
 	return err
 }
 
-// Register puts the sidecar into the agent, with a port of Consul's own range that
-// is free here and in the agent. What is registered already under this ID is kept
-// on its port.
+// Register registers the sidecar with the agent. Without r.Listen, the sidecar keeps
+// the port that is registered under its ID already, or gets one of Consul's own range that is
+// free on this host and in the agent.
 func (c *Client) Register(ctx context.Context, r Registration) error {
 	reg, err := r.build()
 	if err != nil {
@@ -172,8 +172,8 @@ func (c *Client) freePort(ctx context.Context, id string) (int, error) {
 	return 0, fmt.Errorf("no free port from %d to %d for the sidecar; give one with -listen", firstPort, lastPort)
 }
 
-// Beat keeps the check of a registration as ready says, and registers again what
-// the agent has lost, until ctx ends; then it deregisters.
+// Beat keeps the sidecar's check in the state that ready reports, and registers the sidecar
+// again if the agent has lost it, until ctx ends; then it deregisters the sidecar.
 func (c *Client) Beat(ctx context.Context, r Registration, log *slog.Logger, ready func() (bool, string)) {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()

@@ -26,7 +26,7 @@ type kind interface {
 	assemble(st *state) (snap *connect.Snapshot, slow bool)
 }
 
-// kinds are those that this program can be.
+// kinds are the kinds of proxy that this program can be.
 var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{api.ServiceKindConnectProxy: newSidecar}
 
 // Source follows one proxy. Make it with NewSource.
@@ -132,7 +132,8 @@ func (s *Source) Run(ctx context.Context, publish func(*connect.Snapshot)) error
 	}
 }
 
-// registration is asked about the proxy itself.
+// registration returns the watch for the proxy's own registration; its answers are
+// *api.AgentService.
 func (c *Client) registration(id string) watch {
 	return watch{key: "registration\x00" + id, name: "registration",
 		same: func(a, b any) bool {

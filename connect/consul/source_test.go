@@ -92,7 +92,7 @@ func (m *mesh) run() {
 	})
 }
 
-// until waits for a snapshot that is so.
+// until waits for a snapshot for which is returns true.
 func (m *mesh) until(what string, is func(*connect.Snapshot) bool) *connect.Snapshot {
 	m.t.Helper()
 	var s *connect.Snapshot
@@ -106,7 +106,7 @@ func count(n int) func(*connect.Snapshot) bool {
 	}
 }
 
-// group and target are those of an upstream.
+// group and target return the first group and target that an upstream leads to.
 func group(s *connect.Snapshot, i int) *connect.Group {
 	return s.Group(s.Upstreams()[i].Branches[0].Chain.Routes[0].Splits[0].Group)
 }
@@ -182,8 +182,8 @@ func TestChangesArrive(t *testing.T) {
 	})
 }
 
-// Errors of every kind leave the last good state; half of the watches failing leaves
-// the others working.
+// Errors of every kind leave the last good state in force; if some watches fail, the
+// others go on.
 func TestFailStatic(t *testing.T) {
 	for _, status := range []int{403, 429, 500, 503} {
 		t.Run(fmt.Sprint(status), func(t *testing.T) {
@@ -322,7 +322,7 @@ func TestWhatWouldEmptyATargetWaits(t *testing.T) {
 	})
 }
 
-// The last that was heard while an answer is held back is what comes into force.
+// Of several answers that are held back, the last one comes into force.
 func TestTheLastThatWasHeardCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := NewSource(nil, "", slog.New(slog.DiscardHandler))
@@ -341,8 +341,8 @@ func TestTheLastThatWasHeardCounts(t *testing.T) {
 	})
 }
 
-// A watch that is not wanted any more changes nothing, and an equal answer neither; another
-// question about the same subject begins with what is known.
+// Neither an answer to a watch that is not wanted any more nor an equal answer changes the state;
+// another question about the same subject begins with what is known.
 func TestWatchesAreWantedByTheState(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := NewSource(&Client{}, "", slog.New(slog.DiscardHandler))

@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// watch is one question, and who is asked again and again. Watches are wanted by the state,
+// watch is one question that is asked again and again. Watches are wanted by the state,
 // never started by hand: see Source.sync.
 type watch struct {
 	key  string // the whole question: equal keys are one watch
 	name string // for people
-	// subject is what is asked about. Until a question is answered, the answer to another
-	// one about the same subject counts. "": none does.
+	// subject is what the question is about. Until it is answered, the answer to another
+	// question about the same subject counts. "": no other answer counts.
 	subject string
 	every   time.Duration // between questions that cannot block; 0: a blocking query
 	fetch   fetch
 	same    func(a, b any) bool // nil: reflect.DeepEqual
-	// void tells answers that are held back for a while just after Consul came back, see
-	// restartGrace. Nil: none is.
+	// void reports whether an answer is empty, and so held back for a while just after Consul
+	// came back: see restartGrace. Nil: no answer is.
 	void func(v any) bool
 	// shapes reports whether an answer may change what else is asked. Nil: each may.
 	shapes func(v any) bool
@@ -61,7 +61,7 @@ func heard[T any](st *state, key string) (v T, ok bool) {
 	return v, ok
 }
 
-// turnOf changes whenever the answer to a question does; 0: there is none.
+// turnOf returns a number that changes whenever the answer to a question does; 0: no answer yet.
 func (st *state) turnOf(key string) uint64 {
 	if a := st.answers[key]; a != nil {
 		return a.turn
@@ -91,9 +91,9 @@ func (st *state) set(a *answer, v any) {
 	a.value, a.turn = v, st.turn
 }
 
-// sync starts every watch that is wanted and does not run, until an answer that is taken over
-// wants nothing more, and then stops those that are not wanted any more: what is asked about in
-// another way now must still be known by then.
+// sync starts every wanted watch that does not run yet, and repeats that while answers that new
+// watches take over make further watches wanted. Only then it stops the watches that are not
+// wanted any more: till then their answers can be taken over.
 func (s *Source) sync(ctx context.Context, st *state, wants func() []watch) {
 	var wanted map[string]bool
 	for st.shaped = true; st.shaped; {
@@ -116,7 +116,7 @@ func (s *Source) sync(ctx context.Context, st *state, wants func() []watch) {
 	}
 }
 
-// start begins to ask.
+// start begins a watch. It takes over the answer of another watch about the same subject.
 func (s *Source) start(ctx context.Context, st *state, w watch) {
 	a := &answer{watch: w}
 	a.ctx, a.cancel = context.WithCancel(ctx)
@@ -153,8 +153,8 @@ func (s *Source) send(a *answer, v any) bool {
 // notice.
 const restartGrace = 15 * time.Second
 
-// take brings an answer into the state, but holds back what is void within restartGrace
-// and would take the place of what is not. What comes meanwhile does not prolong that.
+// take brings an answer into the state. Within restartGrace it holds back a void answer that
+// would replace one that is not void; further void answers do not prolong that.
 func (s *Source) take(st *state, u update) {
 	a := u.to
 	if st.answers[a.key] != a {

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// EndOrphans ends every HAProxy that runs this configuration file and is not of
-// this process: its ports would be taken, its state would be of yesterday.
+// EndOrphans ends every HAProxy that runs this configuration file, as it would hold the ports
+// and serve an outdated state. It returns how many processes it found.
 func EndOrphans(file string, log *slog.Logger) int {
 	found := map[int]bool{}
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
@@ -38,9 +38,9 @@ func EndOrphans(file string, log *slog.Logger) int {
 	return len(found)
 }
 
-// running lists processes whose command line has this configuration file, and for which
-// it is this file: in a mount namespace of its own, as a container has it, the same path
-// is another file, and the process another sidecar's.
+// running lists the processes that have this configuration file in their command line and see
+// the same file at its path. In another mount namespace, such as a container's, the path is
+// another file and the process belongs to another sidecar.
 func running(file string) []int {
 	dirs, err := os.ReadDir("/proc")
 	if err != nil {

@@ -48,7 +48,8 @@ func (p *Process) alert(s string) {
 	}
 	switch {
 	case p.ending.Load(), strings.Contains(s, "Lua filter 'spiffe'"), strings.Contains(s, "Lua filter 'total'"):
-		// The second is how a refusal is carried out, the third how an answer that took too long is ended.
+		// The Lua filters end a stream by an error: spiffe to refuse an identity, total when an
+		// answer takes too long.
 		p.conf.Log.Debug("haproxy", "says", clean(s))
 	case strings.HasPrefix(s, "[ALERT]") && p.first(pids.ReplaceAllString(s, "")):
 		p.conf.Log.Warn("haproxy", "says", clean(s))
@@ -73,7 +74,7 @@ func (p *Process) refused(s string) bool {
 // Refusals counts connections to upstreams that showed a wrong identity.
 func (p *Process) Refusals() uint64 { return p.refusals.Load() }
 
-// first reports whether something is worth a line again: once a minute.
+// first reports whether a message may be logged: each at most once a minute.
 func (p *Process) first(what string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -104,7 +105,7 @@ type ring struct {
 	lines []string
 }
 
-// Write takes whole output of a short-lived child.
+// Write makes a ring the stderr of a child, for Once.
 func (r *ring) Write(b []byte) (int, error) {
 	for line := range bytes.Lines(b) {
 		r.add(strings.TrimSpace(string(line)))

@@ -25,9 +25,9 @@ type Config struct {
 	File   string // the configuration, absolute; also how an orphan is recognised
 	Log    *slog.Logger
 	Line   func(line string) // each line HAProxy logs; nil drops them
-	// Serving is told after each start or restart that a fresh worker serves.
+	// Serving is called after each start or restart, when a fresh worker serves.
 	Serving func()
-	// Died is told when HAProxy ended without being asked to.
+	// Died is called when HAProxy has ended without being asked to, or could not be started.
 	Died func(err error)
 }
 
@@ -42,7 +42,8 @@ const (
 	maxLogLine = 32 << 10
 )
 
-// pids in HAProxy's messages make every one of them new.
+// pids matches the process ids in HAProxy's messages. Without removing them every repetition
+// would look like a new message.
 var pids = regexp.MustCompile(`\(\d+\)`)
 
 // Process is one HAProxy in master-worker mode. Make it with New, then Run it;
@@ -62,7 +63,7 @@ type Process struct {
 
 	refusals atomic.Uint64
 	inherits atomic.Bool
-	ending   atomic.Bool // HAProxy was asked to end: that it does is no alert
+	ending   atomic.Bool // HAProxy was asked to end: what it says about that is no alert
 }
 
 // New makes a process that is not running.
@@ -93,9 +94,9 @@ func (p *Process) Check(ctx context.Context, file string) error {
 // none does. Run must be running.
 func (p *Process) Start(ctx context.Context) error { return p.ask(ctx, p.start) }
 
-// Replace starts another HAProxy from the files beside the one that runs, and lets
-// that one finish what it has: for when its sockets were removed, without which
-// neither a command nor a reload reaches it. Both listen for a moment.
+// Replace starts another HAProxy from the files beside the running one, which finishes its
+// sessions. It is needed when the sockets of the running one were removed: no command and no
+// reload reaches it then. Both listen for a moment.
 func (p *Process) Replace(ctx context.Context) error { return p.ask(ctx, p.replace) }
 
 // ask has Run's goroutine do something and waits for the result.
@@ -183,7 +184,7 @@ func (p *Process) Run(ctx context.Context) error {
 		backoff = min(2*backoff, maxBackoff)
 		select {
 		case <-t.C:
-		case reply = <-p.start: // somebody has a better configuration: at once
+		case reply = <-p.start: // Start was called again, perhaps with a better configuration
 			t.Stop()
 		case <-p.drain:
 			t.Stop()
@@ -218,8 +219,8 @@ func (p *Process) FindPredecessor(ctx context.Context) bool {
 
 func (p *Process) statsSocket() string { return p.conf.Dir + "/sock/stats" }
 
-// takeOver starts a master; if a predecessor's HAProxy serves, with its listeners,
-// and only then asks it to finish what it has.
+// takeOver starts a master. If a predecessor's HAProxy serves, the new one takes its listeners,
+// and once the new one serves, the old one is asked to finish its sessions.
 func (p *Process) takeOver(ctx context.Context) (*child, error) {
 	if !p.inherits.Load() {
 		return p.spawn(ctx)
@@ -277,7 +278,7 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 	p.alerts.reset()
 	once, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
-	old, _ := p.worker(once) // one that is to be replaced also answers
+	old, _ := p.worker(once) // the worker to be replaced answers too, and is not the one to wait for
 	if old == 0 && len(args) > 0 {
 		old, _ = p.pid(ctx, func(ctx context.Context, text string) (string, error) {
 			return runtimeapi.Socket(p.statsSocket()).Do(ctx, text, nil)
@@ -286,7 +287,8 @@ func (p *Process) spawn(ctx context.Context, args ...string) (*child, error) {
 	cmd := exec.Command(p.conf.Binary.Path, append([]string{"-W", "-S", p.masterSocket() + ",mode,600", "-f", p.conf.File}, args...)...)
 	cmd.Stdout, cmd.Stderr = outW, errW
 	cmd.Dir, cmd.Env = p.conf.Dir, environment()
-	// Its own group: a terminal's Ctrl-C is ours to translate.
+	// HAProxy gets its own process group: a terminal's Ctrl-C must reach only us, as we decide
+	// how HAProxy ends.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	err = cmd.Start()
 	outW.Close()
@@ -324,8 +326,9 @@ func (p *Process) await(ctx context.Context, died <-chan error, old int, limit t
 	t := time.NewTicker(pollEvery)
 	defer t.Stop()
 	for patience := askAgain; ; {
-		// A master that has no worker yet may keep a command for ever: ask again. Each
-		// time later, as it keeps ten at most and the worker may need long to start.
+		// A master that has no worker yet may never answer a command: ask again. The wait grows
+		// each time, as a master keeps ten connections at most and the worker may take long to
+		// start.
 		once, cancel := context.WithTimeout(ctx, patience)
 		pid, err := p.worker(once)
 		if errors.Is(err, runtimeapi.ErrKept) {

@@ -50,9 +50,9 @@ func WorkerAccount(name string) (Account, error) {
 	return Account{}, fmt.Errorf("-user %q: no such user", names[0])
 }
 
-// PrepareDir makes the run directory: closed to others, its keys and its sockets'
-// directory closed to the worker's changes too. Nobody but root and us may be able to
-// replace any part of the path: whoever can has our user.
+// PrepareDir makes the run directory. It is closed to others, and the worker can change neither
+// the keys nor the directory of the sockets. Nobody but root and us may be able to replace a
+// part of the path: whoever can, could act as our user.
 func PrepareDir(dir string, a Account) error {
 	fail := func(err error) error { return fmt.Errorf("-run-dir %q: %w", dir, plain(err)) }
 	if err := makeParents(filepath.Dir(dir), a); err != nil {
@@ -158,11 +158,11 @@ func passable(dir string, a Account) error {
 	}
 }
 
-// Trusted reports who else could replace a part of a path: every directory and link on
-// the way must be root's or ours, and writable by nobody else, unless it is sticky as
-// /tmp is, or a volume of root's: orchestrators make those writable for everybody in the
-// container (emptyDir of Kubernetes, the directories of a task of Nomad). What does not
-// exist yet is nobody's.
+// Trusted returns an error if somebody else could replace a part of a path. Every directory and
+// link on the way must be root's or ours. Others may write only to a sticky directory, such as
+// /tmp, and to a mounted volume of root's: orchestrators make those writable for everybody in
+// the container (emptyDir of Kubernetes, the directories of a task of Nomad). A part that does
+// not exist yet is trusted.
 func Trusted(path string) error {
 	if err := trusted(filepath.Clean(path)); err != nil {
 		return err
@@ -200,7 +200,7 @@ func trusted(path string) error {
 		return nil
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
-	ownGroup := ok && (st.Gid == 0 || int(st.Gid) == os.Getegid() && os.Getegid() == os.Geteuid()) // a group of one
+	ownGroup := ok && (st.Gid == 0 || int(st.Gid) == os.Getegid() && os.Getegid() == os.Geteuid()) // root's group, or a private group of our user
 	if (info.Mode()&0o002 != 0 || info.Mode()&0o020 != 0 && !ownGroup) && !(owner(info) == 0 && mounted(path)) {
 		return fmt.Errorf("others may write to %s, and could replace what is in it; choose another path, or chmod go-w", path)
 	}

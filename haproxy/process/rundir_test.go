@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A worker's account that is not ours. As root the tests play that account by Chown.
+// worker is an account that is not ours. Tests that run as root play it by Chown.
 var worker = Account{User: "nobody", Group: "nogroup", UID: 65534, GID: 65534}
 
 func asRoot(t *testing.T) {
@@ -98,7 +98,8 @@ func TestWorkerCannotSteerRoot(t *testing.T) {
 		require.Zero(t, owner(info), name)
 		require.Zero(t, info.Mode()&0o022, "the worker may not write to %q", name)
 	}
-	// Of an earlier version the directories were the worker's, who left links in them.
+	// In an earlier version the directories belonged to the worker, which could leave links in
+	// them.
 	secret := filepath.Join(base, "secret")
 	require.NoError(t, os.Mkdir(secret, 0o700))
 	require.NoError(t, os.Remove(filepath.Join(dir, "sock", "h1-5000")))

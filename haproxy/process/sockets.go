@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EndConnections shuts down accepted connections on a local port whose peer is to be
-// dropped, in every worker. HAProxy's commands only reach connections that have a
-// stream; one that is idle between two requests has none. The kernel lends us the
-// worker's descriptors (pidfd_getfd, Linux 5.6) as we are its parent: not being root
-// that needs nothing, being root CAP_SYS_PTRACE, as the worker has another user.
-// Without the permission the error is ErrNotPermitted.
+// EndConnections shuts down accepted connections on a local port whose peer is to be dropped,
+// in every worker. HAProxy's commands reach only connections that have a stream; a connection
+// that is idle between two requests has none. The kernel lends us the worker's descriptors
+// (pidfd_getfd, Linux 5.6), as we are its parent. Without root that needs no permission; root
+// needs CAP_SYS_PTRACE, as the worker runs as another user. Without that permission the error
+// is ErrNotPermitted.
 func EndConnections(workers []Worker, port int, drop func(w Worker, from netip.AddrPort) bool) (ended int, err error) {
-	var forbidden error // what may work when it is tried again is told before it
+	var forbidden error // returned only if there is no other error, which a retry might cure
 	for _, w := range workers {
 		n, e := endConnections(strconv.Itoa(w.PID), port, func(from netip.AddrPort) bool { return drop(w, from) })
 		ended += n
@@ -36,8 +36,8 @@ func EndConnections(workers []Worker, port int, drop func(w Worker, from netip.A
 	return ended, err
 }
 
-// ErrNotPermitted: the kernel does not let us at a worker's connections, and will not
-// when it is asked again.
+// ErrNotPermitted means that the kernel does not give us a worker's connections, and that a
+// retry will not change that.
 var ErrNotPermitted = errors.New("not permitted")
 
 func endConnections(pid string, port int, drop func(netip.AddrPort) bool) (ended int, err error) {

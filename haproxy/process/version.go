@@ -2,10 +2,10 @@
 // runs it: start, check, reload, drain, restart after a crash, and the end of an
 // orphan that a killed predecessor left.
 //
-// Invariants: exactly one master per run directory; a configuration is checked by
-// HAProxy before it replaces one that works; a child never outlives Run unless we
-// are killed, and then the next Run ends it first. It may import
-// haproxy/runtimeapi; haproxy uses it through small interfaces of its own.
+// Invariants: exactly one master per run directory; a configuration is checked by HAProxy
+// before it replaces one that works; a child never outlives Run unless we are killed, and then
+// the next Run takes it over or ends it. It may import haproxy/runtimeapi; haproxy uses it
+// through small interfaces of its own.
 package process
 
 import (
@@ -39,11 +39,10 @@ func (v Version) Less(major, minor, patch int) bool {
 // String is "3.2.26".
 func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Patch) }
 
-// LogValue is the version in words also in a log of JSON.
+// LogValue makes a JSON log show the version as text.
 func (v Version) LogValue() slog.Value { return slog.StringValue(v.String()) }
 
-// Features are the choices that depend on the version, decided once. The facts
-// behind each are measured, not read from change logs, where it says so.
+// Features are the choices that depend on the version, decided once.
 type Features struct {
 	SyncReload    bool // 3.0: `reload` on the master socket answers when it is done
 	WaitRemovable bool // 3.0: `wait ... srv-removable`
@@ -89,7 +88,7 @@ func (f Features) Names() []string {
 	return out
 }
 
-// Bugs names what is known of a version that matters here, in words for an operator.
+// Bugs lists the faults of a version that matter here, in words for an operator.
 func (v Version) Bugs() (out []string) {
 	f := v.Features()
 	if !f.CACommit {
@@ -174,8 +173,8 @@ func lookPath(name string) (string, error) {
 	return full, err
 }
 
-// environment is what HAProxy gets of ours: it shows its environment to whoever reaches
-// its sockets, and ours may hold the ACL token.
+// environment returns the variables of ours that HAProxy gets, not all: HAProxy shows its
+// environment to whoever reaches its sockets, and ours may hold the ACL token.
 func environment() []string {
 	var out []string
 	for _, name := range []string{"PATH", "HOME", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OPENSSL_CONF", "OPENSSL_MODULES"} {

@@ -24,13 +24,13 @@ type Worker struct {
 	prefix string
 }
 
-// Do runs one command of the runtime API on the worker. That the worker has ended, with
-// all its sessions, is runtimeapi.ErrGone; for the current one it is another error, as
-// there will be a next.
+// Do runs one command of the runtime API on the worker. If an old worker has ended, with all
+// its sessions, the error is runtimeapi.ErrGone; if the current one has, it is another error,
+// as a new worker will follow.
 func (w Worker) Do(ctx context.Context, command string) (string, error) {
 	old := strings.HasPrefix(w.prefix, "@!")
 	if old && errors.Is(syscall.Kill(w.PID, 0), syscall.ESRCH) {
-		return "", runtimeapi.ErrGone // the master, asked for it, might keep the connection: see ErrKept
+		return "", runtimeapi.ErrGone // not asked of the master, which might keep the connection: see ErrKept
 	}
 	out, err := w.socket.Do(ctx, w.prefix+command, nil)
 	if errors.Is(err, runtimeapi.ErrGone) && !old {
@@ -64,11 +64,12 @@ func (p *Process) Workers(ctx context.Context) ([]Worker, error) {
 	return out, wrong
 }
 
-// masterAnswers is how long a master may take to name its workers: it does nothing else.
+// masterAnswers is how long a master, which has nothing else to do, may take to name its
+// workers.
 const masterAnswers = 3 * time.Second
 
-// workersOf asks a master. current, if not "", is how the worker that is not old is
-// addressed, also when it is replaced meanwhile.
+// workersOf asks a master for its workers. current, if not "", is the prefix of commands to the
+// worker that is not old: they reach its successor if it is replaced meanwhile.
 func workersOf(ctx context.Context, master runtimeapi.Socket, current string) (out []Worker, err error) {
 	ctx, cancel := context.WithTimeout(ctx, masterAnswers)
 	defer cancel()
@@ -89,9 +90,9 @@ func workersOf(ctx context.Context, master runtimeapi.Socket, current string) (o
 	return out, nil
 }
 
-// keepReach moves the master socket of the HAProxy that is to be replaced aside, where
-// it goes on answering, before a successor's takes its name. The processes that cannot be
-// reached, as somebody removed their socket, are remembered.
+// keepReach moves the master socket of a HAProxy that is to be replaced aside before the
+// successor's socket takes its name; the old master goes on answering there. If somebody
+// removed the socket, its processes are remembered as lost.
 func (p *Process) keepReach(pids []int) {
 	if len(pids) == 0 {
 		return
@@ -105,8 +106,8 @@ func (p *Process) keepReach(pids []int) {
 	p.mu.Unlock()
 }
 
-// EndLost ends the processes of ours that no command reaches, with their sessions: for
-// when somebody is denied now who may have some.
+// EndLost kills the processes of ours that no command reaches, with their sessions. It is
+// called when a caller is denied now who may have sessions there.
 func (p *Process) EndLost() (ended int) {
 	p.mu.Lock()
 	lost := p.lost

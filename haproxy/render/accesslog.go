@@ -201,7 +201,7 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 	case "PROTOCOL":
 		return sample("capture.req.ver"), false
 	case "REQ":
-		for _, h := range strings.Split(arg, "?") { // the first that Envoy itself would have
+		for _, h := range strings.Split(arg, "?") { // the first alternative that is not a header of Envoy's own
 			switch h = strings.ToLower(h); {
 			case h == ":method":
 				return sample("capture.req.method"), false
@@ -227,9 +227,9 @@ func (t *translation) expr(name, arg string, inJSON bool) (expr string, number b
 
 var plainHeader = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
 
-// Bounds, in bytes, of what a caller can write into one field of a line: a line that
-// HAProxy cuts is no JSON any more. Of Envoy's default fields all together, in JSON, fit
-// into what a pipe takes at once (4,096 bytes).
+// Bounds, in bytes, of what a caller can write into one field of a line: a line that HAProxy
+// cuts is no JSON any more. A line with all of Envoy's default fields, in JSON, fits into what
+// a pipe takes at once (4,096 bytes).
 const (
 	longestField = 128
 	longestAgent = 192

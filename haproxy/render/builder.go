@@ -38,8 +38,8 @@ type builder struct {
 	err     error
 }
 
-// section begins one. A proxy names the defaults that it inherits: HAProxy would take the
-// last ones before it.
+// section begins a section. A frontend or backend names the defaults that it inherits: HAProxy
+// would otherwise take those that come last before it.
 func section(kind Kind, name string) *builder {
 	b := &builder{kind: kind, name: name}
 	if kind == Frontend || kind == Backend {
@@ -51,7 +51,7 @@ func section(kind Kind, name string) *builder {
 // global begins one of the sections of the whole process, which differ in their purpose.
 func global(purpose string) *builder { return &builder{kind: Global, purpose: purpose} }
 
-// mode sets what is spoken.
+// mode sets the mode, and with it the defaults to inherit.
 func (b *builder) mode(http bool) *builder {
 	if !http {
 		return b.add("mode tcp")
@@ -138,7 +138,8 @@ func (s *Section) madeOf(b *builder, comment string) bool {
 	return b.err == nil && s.ID == b.id() && s.Comment == comment && s.lines == b.text()
 }
 
-// ms is a duration as HAProxy takes it; one that is not above 0 is as good as none.
+// ms writes a duration as HAProxy takes it. Zero or less means no limit, which is written as 24
+// days.
 func ms(d time.Duration) string {
 	if d <= 0 {
 		d = 24 * 24 * time.Hour

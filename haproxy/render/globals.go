@@ -9,9 +9,10 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
-// connections is how many there may be at once. One of an HTTP upstream holds four
-// descriptors, both ends of the caller's and of the connector's, and each listener one. What
-// callers share does not follow the slots, whose number changes more often: nil.
+// connections is how many connections there may be at once. A connection to an HTTP upstream
+// holds four descriptors: both ends of the application's and of the connector's connection.
+// Each listener holds one. slots is nil for the share of callers, which must not change as
+// often as the number of slots.
 func (o *Options) connections(slots map[string]*SlotTable, upstreams int) int {
 	if o.MaxFiles == 0 {
 		return o.MaxConn
@@ -34,7 +35,7 @@ func (f *file) process() {
 		f.add(global("Lua's booleans").add("tune.lua.bool-sample-conversion normal"), "for the Lua filter below")
 	}
 	f.add(global("experimental directives").add("expose-experimental-directives"), "for normalize-uri, which HAProxy still calls experimental")
-	if f.LosesAnswers { // the parser takes one such line in a section
+	if f.LosesAnswers { // in a section of its own: the parser takes only one such line in each
 		f.add(global("denials").add("lua-load-per-thread %s", f.path(lua.DenyFile)), "denials that callers hear while they still send")
 	}
 	if slices.ContainsFunc(f.snap.Listeners, routed) {
@@ -92,9 +93,9 @@ func (o *Options) settings(in, out connect.TLS) *builder {
 	g.add("tune.ssl.default-dh-param 2048")
 	tlsOf(g, "bind", in)
 	tlsOf(g, "server", out)
-	// As Envoy under Consul takes them: 60 KiB of headers and a few hundred lines, and room
-	// for our own. It is the same in every proxy: one that sends more than the next one
-	// takes would lose the requests beside it on the same connection of HTTP/2.
+	// Sizes as Envoy under Consul has them: 60 KiB of headers in a few hundred lines, and room
+	// for our own. They are the same in every proxy: a request that is too large for the next
+	// proxy would end the other requests on the same connection of HTTP/2.
 	g.add("tune.bufsize 73728").add("tune.maxrewrite 8192").add("tune.http.maxhdr 256")
 	if o.BufferCache { // as many of them as of HAProxy's own size, or each request costs a tenth more
 		g.add("tune.memory.hot-size 2359296")
@@ -113,7 +114,7 @@ func defaults() *builder {
 		add("option redispatch 1").
 		add("timeout http-request 30s").
 		add("timeout connect 5s").
-		add("timeout client 1h"). // also of one who has said all it has to say and waits for the answer
+		add("timeout client 1h"). // also for a client that has sent everything and waits for the answer
 		add("timeout queue 5s").
 		add("timeout server 1h").
 		add("timeout tunnel 1h").

@@ -75,10 +75,10 @@ const (
 	notAnEscape = `'%(?![0-9A-Fa-f]{2})'`
 )
 
-// requests refuses at every door to the application what would pass the rules behind it:
-// a tunnel, of which CONNECT makes one and an upgrade to anything but WebSocket; a path
-// that no rule can name; a method that is another to the application than to a rule. It
-// takes away Connection, with which a caller could have our own headers dropped.
+// requests refuses, on every listener before the application, what would get around the rules:
+// a tunnel, which CONNECT makes and an upgrade to anything but WebSocket; a path that no rule
+// can name; a method in lower case, which may mean one thing to the application and another to
+// a rule. It removes Connection, with which a caller could have our own headers dropped.
 func requests(b *builder) {
 	b.add("http-request return status 405 if METH_CONNECT")
 	b.add("http-request return status 400 if { method -m reg -- [a-z] }")
@@ -88,11 +88,12 @@ func requests(b *builder) {
 	b.add("http-request del-header HTTP2-Settings")
 	b.add("http-request del-header Connection unless { var(txn.websocket) -m bool }")
 	b.add("http-request set-header Connection Upgrade if { var(txn.websocket) -m bool }")
-	// An application that switches all the same would open a tunnel all the same.
+	// An application that switches protocols although it was not asked to would open a tunnel
+	// too.
 	b.add("http-response return status 502 if { status 101 } !{ var(txn.websocket) -m bool }")
 }
 
-// ourHeaders are those by which only we tell the application who called.
+// ourHeaders are the headers that tell the application who called; nobody but us may set them.
 func (f *file) ourHeaders() []string {
 	out := []string{"X-Forwarded-Client-Cert"}
 	public := f.snap.Public()
@@ -134,7 +135,8 @@ func noCaller(b *builder, names []string) {
 func normalize(b *builder, n connect.Normalize) {
 	const escaped = "{ path -i -m reg -- %2f|%5c }"
 	if !n.KeepPath || n.EscapedSlashes != "" {
-		// What is no escape would become one when its neighbour is decoded: %7%33.
+		// A percent sign that begins no escape would begin one when its neighbour is decoded:
+		// %7%33.
 		b.add("http-request return status 400 if { path -m reg -- %s }", notAnEscape)
 	}
 	switch n.Underscores {
@@ -198,7 +200,8 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 	}
 	b.add("http-request send-spoe-group hc %s if { var(txn.stale) -m bool }", spoe.MessageConnection)
 	b.add("http-request set-var(txn.verdict) var(%s%s)", sess, spoe.VarVerdict)
-	// Who asked for another service gets no answer that could be taken for that one's.
+	// A caller that asked for another service gets no answer that it could take for that
+	// service's.
 	b.add("http-request reject if { var(%s%s) -m str %s }", sess, spoe.VarRule, intentions.ServerNameRule)
 	for _, p := range g.Policy.Providers() {
 		if p.ForwardTo != "" { // only we may say what a token says
@@ -231,10 +234,10 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 	own := b.check("own identity", f.snap.Proxy.SPIFFEID().String())
 	const header = "X-Forwarded-Client-Cert"
 	if forwardsCert(l) {
-		// What one earlier hop said is kept before what is known here; more than one
-		// line of it no proxy of the mesh sends.
+		// What an earlier hop said is kept before what is known here. No proxy of the mesh
+		// sends the header in more than one line: then nothing of it is kept.
 		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
-		// An open quote in it would make ours a part of theirs.
+		// With an open quote in theirs, ours would become a part of it.
 		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
 		spellings(b, f.ourHeaders())
 		b.add("http-request set-header %s %s", header, element)

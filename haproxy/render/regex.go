@@ -14,8 +14,8 @@ import (
 const matchLimit = "(*LIMIT_MATCH=20000)"
 
 // pattern translates a regular expression of RE2, as Consul means it, into one of PCRE2 as
-// HAProxy uses it: bytes, no Unicode. What cannot be said there is an error, never another
-// language. It matches a whole text.
+// HAProxy uses it: on bytes, without Unicode. It matches a whole text. What PCRE2 cannot
+// express is an error, never a pattern that matches something else.
 func pattern(re string) (string, error) {
 	body, err := expression(re, "")
 	if err != nil {
@@ -24,8 +24,8 @@ func pattern(re string) (string, error) {
 	return matchLimit + `\A(?:` + body + `)\z`, nil
 }
 
-// expression is a pattern without its ends, none of whose classes takes one of the bytes in
-// without: for a part of a larger text.
+// expression is a pattern without its anchors, for a part of a larger text. Nothing in it
+// matches one of the bytes in without.
 func expression(re, without string) (string, error) {
 	tree, err := syntax.Parse(re, syntax.Perl)
 	if err != nil {
@@ -110,8 +110,9 @@ func (p *printer) group(re *syntax.Regexp) {
 	p.b.WriteByte(')')
 }
 
-// repeat writes a loop; most < 0 is without end. Characters beyond ASCII are several bytes:
-// in a loop without end all but the first may be taken byte by byte, which needs no stack.
+// repeat writes a loop; most < 0 is without end. A character beyond ASCII is several bytes: a
+// loop without end takes them byte by byte after the required repetitions, which needs no
+// stack.
 func (p *printer) repeat(re *syntax.Regexp, least, most int) {
 	if re.Op == syntax.OpEmptyMatch {
 		return
@@ -155,7 +156,7 @@ var (
 	anyNotNL = set{[]rune{0, '\n' - 1, '\n' + 1, unicode.MaxRune}}
 )
 
-// setOf is the characters that an expression is one of.
+// setOf returns the characters of a class or a dot; false for any other expression.
 func setOf(re *syntax.Regexp) (set, bool) {
 	switch re.Op {
 	case syntax.OpCharClass:
@@ -168,7 +169,7 @@ func setOf(re *syntax.Regexp) (set, bool) {
 	return set{}, false
 }
 
-// folded is a character, with all its cases if they are the same.
+// folded is a character, with all its cases if fold is set.
 func folded(r rune, fold bool) set {
 	out := set{[]rune{r, r}}
 	if fold {

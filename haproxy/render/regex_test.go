@@ -57,7 +57,7 @@ func randomPattern(r *rand.Rand, depth int) string {
 	return sub() + sub() + sub()
 }
 
-// What Go's parser and matcher take for a match, PCRE2 takes for one, byte by byte.
+// PCRE2 matches what Go matches and nothing else, byte by byte.
 func TestPatternsAgreeWithPCRE2(t *testing.T) {
 	grep, err := exec.LookPath("grep")
 	require.NoError(t, err)

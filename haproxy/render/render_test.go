@@ -326,8 +326,8 @@ func BenchmarkRenderOneFlip(b *testing.B) {
 	}
 }
 
-// A renderer that knows what it rendered last makes what one makes that knows nothing,
-// whatever comes and goes.
+// A renderer that knows what it rendered last makes the same as a new one, whatever comes and
+// goes.
 func TestRendererRemembersNothingThatMatters(t *testing.T) {
 	p := newIdentity(t)
 	random := rand.New(rand.NewPCG(1, 2))
@@ -451,8 +451,8 @@ func TestSlotsNeverChangeTheirIdentity(t *testing.T) {
 	require.Empty(t, Slots(map[string]string{"policy": "generation x\n", "h1-7-abc": "1001 x"}).Slots)
 }
 
-// Whoever chooses names and addresses so that two endpoints become one server takes down
-// nobody: HAProxy would refuse the whole configuration.
+// Two endpoints whose names and addresses make the same server take nobody down: HAProxy would
+// refuse the whole configuration.
 func TestTwoServersOfOneName(t *testing.T) {
 	p := newIdentity(t)
 	u := p.upstream("db", connect.TCP, 9000, 2)

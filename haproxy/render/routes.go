@@ -12,13 +12,13 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/lua"
 )
 
-// variant is what HAProxy has once for each backend, and routes say. The zero variant is
-// that of routes that say nothing.
+// variant is what routes may ask for and HAProxy has only once per backend: each variant is a
+// backend of its own. The zero variant belongs to routes that ask for nothing.
 type variant struct {
 	retry *connect.Retry
 	total bool // the whole answer has a time limit
-	timed bool // a route may set how long the silence may be
-	limit bool // the group's limits are the backend's own
+	timed bool // some route sets how long the server may be silent
+	limit bool // the backend itself enforces the group's limits
 }
 
 // key tells variants apart.
@@ -119,7 +119,7 @@ func (f *file) lead(made *front, to [][]way, fresh map[string]*pool) error {
 	return nil
 }
 
-// backend is the name of that of a target of the group.
+// backend is the name of the backend for the target at a place of the group.
 func (w *way) backend(place int) string { return backendName(w.group, place) + w.suffix() }
 
 // chain leads the requests of an upstream. The first route that matches is remembered by its
@@ -140,7 +140,8 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 			depth = max(depth, len(to[i][j].group.Targets))
 		}
 	}
-	// Entries belong to just these routes: what runs must not take those of other ones for its own.
+	// The key has a digest of these rules: what runs must not take entries of other rules for
+	// its own.
 	key := fmt.Sprintf("%s@%s/", b.name, digest(fmt.Sprint(b.lines, most, depth))[:8])
 	b.add("http-request set-var(txn.way) str(%s),concat(,txn.route)", b.check("upstream name", key))
 	f.draw(b, most)
@@ -157,7 +158,8 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 	made.live = live(key, c, to)
 }
 
-// draw takes one of the splits of a route, by chance. The last one has no number.
+// draw takes one of the splits of a route, by chance. The last split is taken when txn.leg is
+// not set.
 func (f *file) draw(b *builder, most int) {
 	if most < 2 {
 		return
@@ -207,8 +209,8 @@ func (f *file) entry(e liveEntry) {
 	m.Entries = append(m.Entries, e.Entry)
 }
 
-// cuts are where one split of a route ends and the next one begins, of 2^32; the last has
-// none. "" is one split.
+// cuts are the points between 0 and 2^32 at which one split of a route ends and the next
+// begins. A single split has none: "".
 func cuts(splits []connect.Split) string {
 	sum, till := 0, 0
 	for i := range splits {
@@ -230,10 +232,11 @@ type naming struct {
 
 func newNaming(b *builder) *naming { return &naming{b: b, vars: map[string]string{}} }
 
-// pseudo is what Envoy calls a header and is none.
+// pseudo has HAProxy's samples for what Envoy treats as headers but are none.
 var pseudo = map[string]string{":path": "pathq", ":method": "method", ":authority": "req.fhdr(host)"}
 
-// headers remembers the values of headers that conditions are about, the lines of one joined.
+// headers keeps the values of the headers that conditions look at in variables, the lines of
+// one header joined.
 func (n *naming) headers(c *connect.Chain) {
 	for i := range c.Routes {
 		for _, h := range c.Routes[i].Match.Headers {
@@ -291,7 +294,7 @@ func (n *naming) like(sample, re string) string {
 	return fmt.Sprintf("{ %s -m reg -- %s }", sample, n.quoted(p))
 }
 
-// route remembers that a route is the first that matches.
+// route writes the rule that sets txn.route to the number of the first route that matches.
 func (n *naming) route(r *connect.Route, number int) {
 	set := fmt.Sprintf("http-request set-var(txn.route) int(%d)", number)
 	var when []string
@@ -307,8 +310,8 @@ func (n *naming) route(r *connect.Route, number int) {
 // mostWords is how many words of conditions a line may have: HAProxy takes 64 in all.
 const mostWords = 48
 
-// all is conditions that hold at once. What is too long for a line is put into a variable
-// first.
+// all joins conditions that must hold at once. What would be too long for one line goes into
+// variables first.
 func (n *naming) all(when []string) string {
 	var line []string
 	words, parts := 0, 0
@@ -365,7 +368,7 @@ func (n *naming) onHeader(h *connect.HeaderMatch) (out []string) {
 		sample = "var(" + n.vars[h.Name] + ")"
 	}
 	if h.Invert && pseudo[h.Name] == "" {
-		out = append(out, "{ "+sample+" -m found }") // one that is not there meets no condition
+		out = append(out, "{ "+sample+" -m found }") // a missing header meets no condition, inverted or not
 	}
 	switch {
 	case h.Regex != "":
@@ -380,7 +383,8 @@ func (n *naming) onHeader(h *connect.HeaderMatch) (out []string) {
 	return append(out, not+n.is(sample, "str", h.Exact, false))
 }
 
-// onQuery is about the first parameter of a name, as it is written.
+// onQuery is a condition on the first query parameter of a name, as the query has it, not
+// decoded.
 func (n *naming) onQuery(q *connect.QueryMatch) string {
 	name := escaped(q.Name)
 	if q.Present {
@@ -408,8 +412,9 @@ func escaped(s string) string {
 	return b.String()
 }
 
-// changes are what a route does to the requests that take it, and to their answers: those of
-// the split first, then its own, and the path last, which headers may name.
+// changes writes what a route does to its requests and to their answers: first the header edits
+// of the split, then those of the route, and last the path, as header values may name the
+// original one.
 func (n *naming) changes(r *connect.Route, number int) {
 	when := fmt.Sprintf("{ var(txn.route) -m int %d }", number)
 	for i := range r.Splits {
@@ -434,7 +439,8 @@ func (n *naming) changes(r *connect.Route, number int) {
 	n.rewrite(r, when)
 }
 
-// longIdle is how long a stream may be silent where a route says nothing of it, as with Envoy.
+// longIdle is how long a stream may be silent where a route sets its timeout but not its idle
+// timeout, as with Envoy.
 const longIdle = 5 * time.Minute
 
 // silenceOf is how long a server may be silent on a route; 0: as long as its backend says.
@@ -452,8 +458,8 @@ func silenceOf(r *connect.Route) time.Duration {
 	return r.Idle
 }
 
-// rewrite puts a text in the place of what the match names: of the beginning of the path, or
-// of all of it. The query stays.
+// rewrite replaces what the match names, a prefix of the path or the whole path. The query
+// stays.
 func (n *naming) rewrite(r *connect.Route, when string) {
 	if r.Rewrite == "" || r.Match.PathRegex != "" {
 		return
@@ -482,7 +488,7 @@ func (n *naming) edit(rule string, e *connect.HeaderEdits, when string) {
 	}
 }
 
-// variables are Envoy's that HAProxy knows, in requests and in answers.
+// variables are the variables of Envoy's format that HAProxy knows, in requests and in answers.
 var variables = map[string]string{
 	"DOWNSTREAM_REMOTE_ADDRESS": "%[src]:%[src_port]", "DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT": "%[src]",
 	"DOWNSTREAM_DIRECT_REMOTE_ADDRESS": "%[src]:%[src_port]", "DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT": "%[src]",

@@ -76,14 +76,15 @@ func (s Socket) Do(ctx context.Context, command string, payload []byte) (string,
 // ErrGone is a master's answer that it has no such process, or none any more.
 var ErrGone = errors.New("HAProxy's master has no such process")
 
-// ErrKept is ErrGone of a master that has not closed the connection: it keeps it, and ten
-// of them are all that it can have, so whoever asks again should take its time.
+// ErrKept is ErrGone from a master that has not closed the connection. A master can keep ten
+// such connections at most, so the next question should take its time.
 var ErrKept = fmt.Errorf("%w, and keeps the connection", ErrGone)
 
-// closes is how long a master may take to close a connection after that answer.
+// closes is how long a master may take to close the connection after it has answered that a
+// process is gone.
 const closes = 50 * time.Millisecond
 
-// gone begins that answer.
+// gone is how a master's answer begins if it has no such process.
 const gone = "Can't find the target PID matching the prefix"
 
 // readAnswer reads to the end. A master says that it has no such process and then, one

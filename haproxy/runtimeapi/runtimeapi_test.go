@@ -25,7 +25,7 @@ func TestGone(t *testing.T) {
 			if err != nil {
 				return
 			}
-			defer c.Close() // when the test is over, as late as the worst of masters
+			defer c.Close() // only when the test is over: a master may never close it
 			_, _ = io.WriteString(c, <-answers)
 		}
 	}()
@@ -37,7 +37,7 @@ func TestGone(t *testing.T) {
 	require.ErrorIs(t, err, ErrGone)
 	require.ErrorIs(t, err, ErrKept)
 	require.NoError(t, ctx.Err())
-	// A worker that says the same is quoted: it is its own answer, and its end is awaited.
+	// The same text from a worker is an ordinary answer, whose end is awaited.
 	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
 	defer cancel()
 	answers <- answer

@@ -117,7 +117,8 @@ func ParseDetail(text string) (d Detail) {
 	return d
 }
 
-// ParseStats reads `show stat`: a map by the names of the first line for each other line.
+// ParseStats reads `show stat`. The first line names the columns; each other line becomes a map
+// from these names to its values.
 func ParseStats(text string) ([]map[string]string, error) {
 	lines := csv.NewReader(strings.NewReader(strings.TrimSpace(strings.TrimPrefix(text, "# "))))
 	lines.FieldsPerRecord = -1
@@ -167,8 +168,7 @@ func ParseCertificate(text string) string {
 	return ""
 }
 
-// ParseMap reads `show map FILE`: a line is an address, a key, and the rest of the line, its
-// value.
+// ParseMap reads `show map FILE`: each line has an address, a key, and as its rest the value.
 func ParseMap(text string) map[string]string {
 	entries := map[string]string{}
 	for line := range strings.Lines(text) {

@@ -1,10 +1,9 @@
-// Package selftest proves on the actual binary what the design rests on: that HAProxy, with
-// the configuration that render makes, gives no byte to an impostor and lets nobody in who
-// may not.
+// Package selftest proves on the actual binary that HAProxy, with the configuration that render
+// makes, gives no byte to an impostor and lets no caller in who may not come in.
 //
-// Invariants: it uses what render makes and nothing else; whatever it starts has ended, and
-// listens on loopback and in its own directory only. It may import connect, certs, intentions,
-// haproxy and haproxy/render; cmd uses it.
+// Invariants: it uses what render makes and nothing else; whatever it starts has ended when Run
+// returns, and listens only on loopback and in its own directory. It may import connect, certs,
+// intentions, haproxy and haproxy/render; cmd uses it.
 package selftest
 
 import (
@@ -29,7 +28,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
-// ErrInsecure: this HAProxy does not hold what the design rests on.
+// ErrInsecure means that this HAProxy fails a check of the self-test.
 var ErrInsecure = errors.New("self-test failed")
 
 // Run runs the configuration that render makes on the actual binary, against
@@ -102,14 +101,15 @@ func Run(ctx context.Context, dir string, o render.Options, socketDir func(strin
 	return <-errs
 }
 
-// A POST, which is not repeated: a refusal comes back at once.
+// request is a POST, which HAProxy does not repeat: a refusal comes back at once.
 const request = "POST / HTTP/1.1\r\nHost: selftest\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
-// publicSocket is where callers come: a free port would be somebody's connection by the time
-// HAProxy binds it.
+// publicSocket is where the public listener listens. A free port might have been taken by the
+// time HAProxy binds it.
 const publicSocket = "callers"
 
-// throwAway is a mesh of two services, one of which answers in the other's place.
+// throwAway is a mesh of two services, honest and impostor; impostor answers at two of the
+// addresses where honest is expected.
 type throwAway struct {
 	ca        *certs.Authority
 	roots     *certs.Roots
@@ -250,7 +250,7 @@ func dialUnix(ctx context.Context, path string) (net.Conn, error) {
 	return c, c.SetDeadline(deadline)
 }
 
-// expect sends and wants an answer that begins so.
+// expect sends a text and fails unless the answer begins with want.
 func expect(ctx context.Context, path, send, want string) error {
 	c, err := dialUnix(ctx, path)
 	if err != nil {
@@ -270,7 +270,8 @@ func expect(ctx context.Context, path, send, want string) error {
 	return nil
 }
 
-// impostor sends and wants the connection to end with at most an error page.
+// impostor sends a text to an impostor. It fails unless the connection ends with an error page
+// at most, and the impostor was greeted but read nothing.
 func (t *throwAway) impostor(ctx context.Context, f *fake, path, send, most string) error {
 	c, err := dialUnix(ctx, path)
 	if err != nil {
@@ -294,7 +295,8 @@ func (t *throwAway) impostor(ctx context.Context, f *fake, path, send, most stri
 	return nil
 }
 
-// refused wants no answer of the application from the public listener.
+// refused fails unless the public listener turns a caller away: with a certificate by a 403,
+// without one by no answer at all.
 func (t *throwAway) refused(ctx context.Context, path string, withCert bool) error {
 	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the server is not what is tested
 	if withCert {

@@ -1,10 +1,10 @@
 // Package jwt verifies the JSON Web Tokens that intentions require: where a token is,
 // who signed it, for whom and until when. It is the only user of go-jose.
 //
-// Invariants: a token that cannot be verified is no token; keys are fetched beside
-// the traffic, never in it, so that a key server that hangs, fails or lies costs at
-// most the requests that need its tokens; keys once fetched are used until others
-// are; what is remembered of tokens is bounded.
+// Invariants: a token that cannot be verified meets no requirement; keys are fetched beside the
+// traffic, never in it, so that a key server that hangs, fails or lies costs at most the
+// requests that need its tokens; fetched keys stay in use until newer ones are fetched; the
+// memory for tokens is bounded.
 //
 // It may import intentions; cmd uses it.
 package jwt
@@ -74,23 +74,24 @@ type cacheKey struct {
 	sum  [sha256.Size]byte
 }
 
-// verified is a token whose signature was checked: what time makes of it is not cached.
+// verified is the cached result of checking a token's signature. What depends on the time or
+// on the provider's settings is checked on every use.
 type verified struct {
 	token              *intentions.Token
-	why                string // no token
+	why                string // why token is nil
 	notBefore, expires time.Time
 }
 
 // keys are one answer of a source.
 type keys struct{ jose.JSONWebKeySet }
 
-// keySet is what is known of one source.
+// keySet is the state of one provider's keys and of fetching them.
 type keySet struct {
 	source  intentions.KeySource
 	name    string
 	stop    context.CancelFunc
 	now     atomic.Pointer[keys]
-	unknown chan struct{} // somebody showed a key ID that is not known
+	unknown chan struct{} // asks follow to fetch soon: a token named a key ID that no key has
 
 	mu      sync.Mutex
 	err     string
@@ -223,7 +224,8 @@ func (v *Verifier) follow(ctx context.Context, k *keySet) {
 	}
 }
 
-// take uses an answer, or keeps what there is and says why, once.
+// take parses an answer and makes it the current key set. If there is an error it keeps the
+// current one, and logs the error unless the last one was the same.
 func (v *Verifier) take(k *keySet, raw []byte, err error) bool {
 	var next *keys
 	if err == nil {
@@ -249,8 +251,8 @@ func (v *Verifier) take(k *keySet, raw []byte, err error) bool {
 	return true
 }
 
-// parse takes a JSON Web Key Set: keys that go-jose does not know are left out, as
-// others may be for other software; none at all is an error.
+// parse reads a JSON Web Key Set. It leaves out keys that it cannot use, which may be meant for
+// other software; a set without a usable key is an error.
 func parse(raw []byte) (*keys, error) {
 	var list struct{ Keys []json.RawMessage }
 	if err := json.Unmarshal(raw, &list); err != nil {
@@ -324,7 +326,7 @@ func fetch(ctx context.Context, s intentions.KeySource) ([]byte, error) {
 	if err != nil {
 		var u *url.Error
 		if errors.As(err, &u) {
-			err = u.Err // the address is in our message already
+			err = u.Err // without the method and the URL around it
 		}
 		return nil, err
 	}
@@ -345,7 +347,8 @@ func sameHost(next *http.Request, before []*http.Request) error {
 	return nil
 }
 
-// maxCandidates bounds how many signatures one request can cost.
+// maxCandidates bounds how many tokens for one provider a request may carry, as each costs the
+// check of a signature.
 const maxCandidates = 16
 
 // Token implements intentions.Tokens. When a request carries several tokens for a
@@ -385,8 +388,8 @@ func (v *Verifier) Token(p *intentions.Provider, r *intentions.Request) (*intent
 	return first, ""
 }
 
-// unreadable stands for a token that may be there but cannot be told from the rest. It
-// verifies by no key, so that the request is denied.
+// unreadable stands for the token that may be in a query or a cookie which cannot be parsed. No
+// key verifies it, so that the request is denied.
 const unreadable = "unreadable"
 
 // candidates are the tokens at one location.
@@ -474,7 +477,8 @@ func (v *Verifier) verify(p *intentions.Provider, set *keySet, have *keys, raw s
 	return got.token, ""
 }
 
-// check verifies a signature and reads the claims. unknown: no key has the token's ID.
+// check verifies a signature and reads the claims. unknown is true if the token names a key ID
+// that no key has.
 func check(have *keys, raw string) (got *verified, unknown bool) {
 	jws, err := jose.ParseSignedCompact(raw, algorithms)
 	if err != nil {

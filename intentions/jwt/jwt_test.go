@@ -167,8 +167,8 @@ func TestToken(t *testing.T) {
 	}
 }
 
-// A key server that hangs, fails or lies costs nothing but its own tokens, and the keys
-// there were stay; a new key is fetched when a token names it.
+// A key server that hangs, fails or lies affects only requests that need its tokens, and keys
+// that were fetched before stay in use; a new key is fetched when a token names it.
 func TestRemoteKeys(t *testing.T) {
 	first, second := newIssuer(t, "a"), newIssuer(t, "b")
 	var mode atomic.Pointer[string]
@@ -254,7 +254,7 @@ func TestRedirectToAnotherHost(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// Whatever Consul names as a file is read only if it is a file, and only so much of it.
+// A file that Consul names is read only if it is a regular file.
 func TestFilesThatAreNone(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	require.NoError(t, syscall.Mkfifo(pipe, 0o600))

@@ -4,10 +4,10 @@
 // Invariants: an answer is computed from the Policy of one generation, read once;
 // whatever cannot be understood is answered with a deny or with a closed
 // connection, which HAProxy's rules treat as a deny; memory is bounded for any
-// input; the way from question to cached answer takes no lock and allocates
-// nothing. A certificate is parsed by crypto/x509, never searched.
+// input; a cached answer costs no allocation, and no lock but that of the shard
+// which remembers the caller. A certificate is parsed by crypto/x509, never searched.
 //
-// It may import intentions and certs; only cmd wires it.
+// It may import intentions and certs. haproxy/render uses its names; only cmd runs it.
 package spoe
 
 import (
@@ -36,15 +36,15 @@ const (
 	ArgHeaders         = "headers" // req.hdrs_bin
 	ArgSource          = "src"     // the caller's address and port, to find its session again
 	ArgPort            = "port"
-	ArgDestination     = "dst" // our address and port, which the caller's are not enough without
+	ArgDestination     = "dst" // our address and port: the caller's alone do not identify a connection
 	ArgDestinationPort = "dst_port"
 	ArgServerName      = "sni" // that the caller sent
-	// ArgChain has the rest of the caller's chain, concatenated DER. That it is there, even
+	// ArgChain carries the rest of the caller's chain, concatenated DER. Its presence, even
 	// empty, asks for VarXFCC.
 	ArgChain = "chain"
 	ArgQuery = "query"
 
-	// Variables, in HAProxy under the prefix of the agent. Session scope:
+	// Variables that the agent sets; HAProxy puts the agent's prefix before them. Session scope:
 	VarVerdict    = "verdict"    // Allow, Deny or Ask
 	VarGeneration = "generation" // of the policy that decided
 	VarSource     = "source"     // SPIFFE ID of the caller
@@ -52,7 +52,7 @@ const (
 	VarRule       = "rule"
 	VarReason     = "reason" // in words
 	VarXFCC       = "xfcc"   // what X-Forwarded-Client-Cert says of the caller, without By
-	// Transaction scope; the payload of a verified token is in intentions.Provider.Variable:
+	// Transaction scope; intentions.Provider.Variable names that of a verified token's payload:
 	VarRequestVerdict = "request_verdict" // Allow or Deny
 	VarRequestRule    = "request_rule"
 	VarRequestReason  = "request_reason"
@@ -68,12 +68,13 @@ type Counter interface{ Inc() }
 // Options of an Agent. The zero value is usable.
 type Options struct {
 	Log *slog.Logger
-	// Count returns the counter of an answer; it is asked once per answer and
-	// generation, not per question. Nil counts nothing.
+	// Count returns the counter of an answer. It is called when an answer is cached, not for
+	// each question. Nil counts nothing.
 	Count func(source string, d intentions.Decision) Counter
 	// Tokens verifies what intentions may require. Nil: a required token is never there.
 	Tokens intentions.Tokens
-	// Crowded asks for Forget: many addresses are remembered. It must not block.
+	// Crowded is called when so many callers are remembered that Forget should be called soon.
+	// It must not block.
 	Crowded func()
 	// Denied is told the first deny of each source, rule and generation.
 	Denied func(source string, d intentions.Decision)
@@ -98,7 +99,7 @@ type Agent struct {
 	mu       sync.Mutex
 	reported map[string]bool
 
-	callers [64]callers // by address, so that connections do not wait for each other
+	callers [64]callers // shards by the caller's port, so that connections seldom wait for each other
 }
 
 // epoch is one policy with its generation.
@@ -117,8 +118,8 @@ func New(o Options) *Agent {
 	return a
 }
 
-// SetPolicy swaps the policy. generation names what it says: verdicts of other
-// generations are stale, and those of the same one are good, whoever gave them.
+// SetPolicy replaces the policy. generation identifies what it says: HAProxy asks again where it
+// holds a verdict of another generation, and keeps one of the same, even from an earlier process.
 func (a *Agent) SetPolicy(p *intentions.Policy, generation string) {
 	a.current.Store(&epoch{policy: p, generation: generation})
 	a.mu.Lock()
@@ -237,8 +238,8 @@ func (a *Agent) serveConn(nc net.Conn) error {
 	}
 }
 
-// hello answers HAPROXY-HELLO. size is the longest frame that either side may send.
-// check: HAProxy only tests that we are alive.
+// hello answers HAPROXY-HELLO. size is the longest frame that either side may send. check is
+// true if HAProxy only tests that the agent is alive.
 func hello(f frame) (reply []byte, size int, check bool, err error) {
 	if f.kind != frameHAProxyHello || f.flags&flagFin == 0 {
 		return nil, 0, false, errors.New("the first frame is not a whole HAPROXY-HELLO")

@@ -21,7 +21,7 @@ type answer struct {
 	valid   bool // the certificate has an identity
 	allowed bool // or judged per request: the caller may be forwarded
 	counter Counter
-	byRule  map[intentions.Decision]Counter // of its requests
+	byRule  map[intentions.Decision]Counter // counters of its other verdicts: on requests and server names
 }
 
 // count counts a request's verdict; the counter is looked up once per rule.
@@ -47,7 +47,7 @@ type conn struct {
 	request   intentions.Request
 	out       []byte
 	hash      hash.Hash
-	key       [sha256.Size]byte // of what is looked up: here it needs no allocation
+	key       [sha256.Size]byte // the result of digest, here because it needs no allocation then
 }
 
 func (a *Agent) newConn() *conn {
@@ -129,7 +129,7 @@ func (m *message) set(key []byte, v value) {
 	}
 }
 
-// address is the zero Addr for what is none.
+// address returns the IP address in a value, or the zero Addr if there is none.
 func (v value) address() netip.Addr {
 	if addr, ok := netip.AddrFromSlice(v.bytes); ok && (v.kind == typeIPv4 || v.kind == typeIPv6) {
 		return addr.Unmap()
@@ -161,7 +161,7 @@ func (c *conn) perConnection(out []byte, m *message) []byte {
 	return out
 }
 
-// verdict appends what HAProxy is told of a connection.
+// verdict appends the actions that tell HAProxy the verdict on a connection.
 func (c *conn) verdict(out []byte, verdict string, ans *answer, d intentions.Decision) []byte {
 	out = appendSetVar(out, scopeSession, VarVerdict, verdict)
 	out = appendSetVar(out, scopeSession, VarGeneration, c.epoch.generation)
@@ -221,7 +221,7 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	d := intentions.Decision{Rule: "identity", Reason: "the certificate has no service identity"}
 	from := len(out)
 	if ans.valid {
-		// The strings alias the frame, which outlives the decision and nothing else.
+		// The strings alias the frame's buffer: they are valid only until this frame is answered.
 		c.request.Method, c.request.Path, c.request.Query = alias(m.method), alias(m.path), alias(m.query)
 		if parseHeaders(m.headers, &c.request) {
 			if d = c.epoch.policy.Decide(ans.id, &c.request); d.Allow {
@@ -248,7 +248,7 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	return appendSetVar(out, scopeTransaction, VarRequestRule, printable(d.Rule))
 }
 
-// payloads tells HAProxy what the verified tokens of a request say.
+// payloads appends the actions that give HAProxy the payloads of the request's verified tokens.
 func (c *conn) payloads(out []byte) []byte {
 	for _, p := range c.epoch.policy.Providers() {
 		if c.request.Tokens == nil {

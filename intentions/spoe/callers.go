@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	maxCallers = 4096 // in each of the parts
+	maxCallers = 4096 // addresses in by, and as many in old, of each shard
 	maxAtOnce  = 8    // identities remembered for one address and port of a caller
 )
 
@@ -21,13 +21,13 @@ type callers struct {
 	by, old map[netip.AddrPort][]known // old: what by was when it was full
 }
 
-// known is one connection of a caller. The caller's address and port alone do not tell
-// connections apart: they may be the same toward two addresses of ours.
+// known is the caller of one connection. The caller's address and port alone do not identify
+// a connection: the caller may use them toward two of our addresses.
 type known struct {
 	to    netip.AddrPort // our end
 	id    certs.SPIFFEID
 	since time.Time
-	let   bool // in, once at least: of one that never was nothing is open but a refusal
+	let   bool // true if it was let in at least once; if not, it has nothing open but its refusal
 }
 
 func (c *callers) get(from netip.AddrPort) []known {
@@ -39,8 +39,8 @@ func (c *callers) get(from netip.AddrPort) []known {
 
 func (a *Agent) callersOf(from netip.AddrPort) *callers { return &a.callers[from.Port()%64] }
 
-// remember keeps who connected from one address to another until somebody else does, and
-// whether it was let in.
+// remember records who connected from one address to another, and whether that caller was let
+// in. It replaces the caller that was recorded for the two addresses before.
 func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID, let bool) {
 	c := a.callersOf(from)
 	c.mu.Lock()
@@ -78,15 +78,16 @@ type Judgement int
 // The judgements.
 const (
 	Stays       Judgement = iota
-	EndsTunnels           // its requests are judged one by one, but a tunnel has none any more
+	EndsTunnels           // its caller is judged per request, by a new rule; a tunnel has no more requests
 	Ends
-	Unknown // nobody is remembered there: who called must not be guessed
+	Unknown // no caller is remembered at this address, and who it was must not be guessed
 )
 
-// Judge applies the policy in force to what is open from an address. before is the
-// policy by which it was last judged; nil is none. A session that still waits to be let in
-// stays: the question is yet to come. So does one that was never let in: it hears its
-// refusal. Where several identities are known, the session ends if any of them is denied.
+// Judge applies the policy in force to what is open from an address. before is the policy by
+// which it was last judged, nil if there is none. waits is true while HAProxy still waits for a
+// verdict on the session, which therefore must not be ended as Unknown. A caller that was
+// never let in stays: it hears its refusal. Where several identities are known, the session
+// ends if any of them is denied.
 func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy) Judgement {
 	list := a.caller(from)
 	if len(list) == 0 {
@@ -131,8 +132,8 @@ func (a *Agent) AnyDenied() bool {
 	return false
 }
 
-// Since is when the first caller from this address was first asked about; ok is false if
-// that is not known.
+// Since returns when the agent was first asked about the longest known caller from this address;
+// ok is false if none is known.
 func (a *Agent) Since(from netip.AddrPort) (since time.Time, ok bool) {
 	for _, who := range a.caller(from) {
 		if !ok || who.since.Before(since) {
@@ -149,7 +150,8 @@ func (a *Agent) caller(from netip.AddrPort) []known {
 	return c.get(from) // a list is never changed, only replaced
 }
 
-// Forget drops every address but those of sessions that live.
+// Forget drops the callers of addresses that are not in live, from each shard that is at least
+// half full.
 func (a *Agent) Forget(live map[netip.AddrPort]bool) {
 	for i := range a.callers {
 		c := &a.callers[i]

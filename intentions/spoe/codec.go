@@ -33,8 +33,8 @@ const (
 	boolTrue = 0x10
 )
 
-// maxFrame bounds one frame: HAProxy offers tune.bufsize - 4, and of a frame's size both
-// sides' offers the smaller one, so that a longer frame is a protocol error.
+// maxFrame is the longest frame that the agent agrees to. HAProxy offers tune.bufsize - 4; the
+// smaller of the two holds for both sides, and a longer frame is a protocol error.
 const maxFrame = 128 << 10
 
 // Status codes of a DISCONNECT frame.
@@ -188,18 +188,20 @@ func endFrame(b []byte, from int) []byte {
 	return b
 }
 
-// appendSetVar adds the action "set this variable of the session or transaction".
+// The scopes of a variable.
 const (
 	scopeSession     = 1
 	scopeTransaction = 2
 )
 
+// appendSetVar appends the action that sets a variable of the session or transaction.
 func appendSetVar(b []byte, scope byte, name, val string) []byte {
 	b = append(b, 1, 3, scope)
 	return appendString(appendText(b, name), val)
 }
 
-// eachPair walks the key-value list of HELLO and DISCONNECT frames and of a message.
+// eachPair walks n key-value pairs of a message, or, if n is negative, all of a HELLO or
+// DISCONNECT frame.
 func eachPair(b []byte, n int, do func(key []byte, v value)) (rest []byte, err error) {
 	for ; (n < 0 && len(b) > 0) || n > 0; n-- {
 		key, rest, ok := text(b)

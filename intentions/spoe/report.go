@@ -6,7 +6,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
-// report tells each kind of deny once per generation.
+// report calls Options.Denied for the first deny of each source and rule in a generation.
 func (a *Agent) report(e *epoch, source string, d intentions.Decision) {
 	if a.opt.Denied == nil {
 		return
@@ -33,7 +33,7 @@ func sentence(s string) string {
 	return s[:min(len(s), 400)]
 }
 
-// printable keeps text from Consul fit for a log line and a header.
+// printable makes one word that comes from Consul or a caller fit for a log line and a header.
 func printable(s string) string {
 	clean := func(r rune) rune {
 		if r <= ' ' || r > '~' || r == '"' || r == '\\' {

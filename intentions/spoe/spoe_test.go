@@ -311,7 +311,7 @@ func TestTunnelsEndWithTheirRule(t *testing.T) {
 	require.Equal(t, EndsTunnels, a.Judge(from, false, before))
 }
 
-// Only a name that is another service's in the mesh is refused, and told.
+// Only the mesh's name of another service is refused, and the refusal is reported.
 func TestServerNames(t *testing.T) {
 	var told []string
 	a := New(Options{Denied: func(source string, d intentions.Decision) { told = append(told, d.Rule+" "+d.Reason) }})

@@ -22,7 +22,7 @@ func (c *conn) forward(der, chain []byte, source string) []byte {
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		return nil // there is no source then
+		return nil // cannot happen: only a caller with a parsed certificate is allowed
 	}
 	action := appendSetVar(nil, scopeSession, VarXFCC, xfcc(cert, chain, source))
 	c.forwarded[key] = action
@@ -34,9 +34,9 @@ func (c *conn) forward(der, chain []byte, source string) []byte {
 // CA signs whatever a caller writes into its request.
 var hostName = regexp.MustCompile(`^[A-Za-z0-9.*_-]{1,253}$`)
 
-// xfcc is Envoy's element of X-Forwarded-Client-Cert from Hash on (Envoy's docs:
-// config/http/http_conn_man/headers), for a caller whose chain HAProxy has verified. One
-// that would be longer than maxXFCC has the caller's identity and digest alone.
+// xfcc returns Envoy's element of X-Forwarded-Client-Cert from Hash on (Envoy's docs:
+// config/http/http_conn_man/headers), for a caller whose chain HAProxy has verified. If the
+// element would be longer than maxXFCC, it has only the caller's digest and identity.
 func xfcc(cert *x509.Certificate, chain []byte, uri string) string {
 	sum := sha256.Sum256(cert.Raw)
 	var b strings.Builder
@@ -44,7 +44,7 @@ func xfcc(cert *x509.Certificate, chain []byte, uri string) string {
 	b.WriteString(encoded(cert.Raw))
 	if list, err := x509.ParseCertificates(chain); err == nil {
 		for _, one := range list {
-			if !one.Equal(cert) { // a server's TLS library leaves the leaf out
+			if !one.Equal(cert) { // the leaf was written above, whether or not the chain repeats it
 				b.WriteString(encoded(one.Raw))
 			}
 		}

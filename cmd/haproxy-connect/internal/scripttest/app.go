@@ -19,8 +19,8 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// app NAME tcp|banner|http|http2|socket [ADDR]: an application that answers with its
-// name, on $NAME_PORT. What it received is counted.
+// cmdApp runs "app NAME tcp|banner|http|http2|grpc|socket|switch|late [ADDR]": it starts an application that
+// answers with its name, at $NAME_PORT or, of kind socket, at $DIR/NAME.sock. What it receives is counted.
 func (w *world) cmdApp(ts *testscript.TestScript, _ bool, args []string) {
 	name, kind, addr := args[0], args[1], "127.0.0.1:0"
 	if len(args) > 2 {
@@ -106,7 +106,7 @@ func serveApp(ln net.Listener, name, kind string, counts map[string]*atomic.Int6
 			}
 			drip(rw, r)
 			rw.Header().Set("Trailer", "Grpc-Status")
-			var others []string // that CGI would read as one of ours
+			var others []string // headers with a _, which CGI does not tell from a -
 			for k := range r.Header {
 				if strings.Contains(k, "_") {
 					others = append(others, k)

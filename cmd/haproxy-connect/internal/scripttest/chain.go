@@ -16,13 +16,14 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// config-delete KIND NAME
+// cmdConfigDelete runs "config-delete KIND NAME": it deletes a config entry.
 func (w *world) cmdConfigDelete(ts *testscript.TestScript, _ bool, args []string) {
 	_, err := w.call(http.MethodDelete, "/v1/config/"+args[0]+"/"+args[1], nil)
 	ts.Check(err)
 }
 
-// answerOf is the first word of an answer: who gave it; "" with another status than 200.
+// answerOf returns the first word of an answer: the name of the application that gave it. A
+// status other than 200 is an error.
 func answerOf(client *http.Client, url, header, value string) (string, error) {
 	req, err := http.NewRequest(http.MethodGet, url, nil)
 	if err != nil {
@@ -44,7 +45,8 @@ func answerOf(client *http.Client, url, header, value string) (string, error) {
 	return who, nil
 }
 
-// shares URL N NAME=LO-HI... counts who answers N requests; it is tried again until it is so.
+// cmdShares runs "shares URL N NAME=LO-HI...": it sends N requests, again and again, until
+// each application NAME has answered LO to HI of them, and no other application any.
 func (w *world) cmdShares(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -80,8 +82,8 @@ func (w *world) cmdShares(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// agree HEADER N LEAST URL...: the same value of a header has the same answer at every
-// address, of LEAST instances at least.
+// cmdAgree runs "agree HEADER N LEAST URL...": for each of N values of HEADER, the same
+// application must answer at every URL; at least LEAST applications must answer in all.
 func (w *world) cmdAgree(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -108,8 +110,8 @@ func (w *world) cmdAgree(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// datacenter dc1|dc2: what follows is about this one. The second one is started, joined to the
-// first over the WAN, when it is first named; the first must be its primary.
+// cmdDatacenter runs "datacenter dc1|dc2": the commands that follow are about this datacenter. The second one
+// is started, joined to the first over the WAN, when it is first named; the first must be its primary.
 func (w *world) cmdDatacenter(ts *testscript.TestScript, _ bool, args []string) {
 	if w.datacenters == nil {
 		w.datacenters = map[string]string{"dc1": w.httpAt}
@@ -167,14 +169,14 @@ ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -
 	return at
 }
 
-// truncated URL LEAST MOST: the answer begins, and is cut off after so long.
+// cmdTruncated runs "truncated URL LEAST MOST": the answer must begin, and be cut off LEAST to MOST after the request.
 func (w *world) cmdTruncated(ts *testscript.TestScript, _ bool, args []string) {
 	least, err := time.ParseDuration(args[1])
 	ts.Check(err)
 	most, err := time.ParseDuration(args[2])
 	ts.Check(err)
 	begun := time.Now()
-	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}} // a kept one may be of a replaced worker
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}} // a kept connection may belong to a replaced worker
 	res, err := client.Get(args[0])
 	ts.Check(err)
 	defer res.Body.Close()

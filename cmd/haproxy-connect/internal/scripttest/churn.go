@@ -15,9 +15,9 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// scale SERVICE COUNT: so many instances of a service, each a listener of a running
-// sidecar (by its address on the loopback network), registered and deregistered
-// one by one in rolling order. $<SERVICE>_PUBLIC is the sidecar's port.
+// cmdScale runs "scale SERVICE COUNT [roll]": it registers and deregisters instances of a
+// service, one by one, until there are COUNT; roll replaces them all, new ones first. Each
+// instance is the same running sidecar, at port $SERVICE_PUBLIC of another loopback address.
 func (w *world) cmdScale(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -44,8 +44,8 @@ func (w *world) cmdScale(ts *testscript.TestScript, _ bool, args []string) {
 	w.scaled[args[0]] = [2]int{from, from + n}
 }
 
-// endpoints ADMIN COUNT: the sidecar knows so many endpoints in all, and HAProxy
-// has so many servers that are not draining.
+// cmdEndpoints runs "endpoints ADMIN COUNT": it waits until HAProxy has COUNT servers in all
+// that are not draining.
 func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
 	last := 0
 	if err := eventually(patience, func() error {
@@ -68,7 +68,7 @@ func (w *world) cmdEndpoints(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// occupy PORT: another process's listener; free PORT ends it.
+// cmdOccupy runs "occupy PORT": it listens at the port, as another process would, until "free PORT".
 func (w *world) cmdOccupy(ts *testscript.TestScript, _ bool, args []string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:"+args[0])
 	ts.Check(err)
@@ -80,7 +80,8 @@ func (w *world) cmdFree(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(w.occupied[args[0]].Close())
 }
 
-// flap SERVICE N: the last of three instances of scale goes and comes N times, as fast as Consul takes it.
+// cmdFlap runs "flap SERVICE N": the last of three instances of scale goes and comes, N
+// changes in all, as fast as Consul takes them.
 func (w *world) cmdFlap(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -91,7 +92,7 @@ func (w *world) cmdFlap(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// churn-intentions DESTINATION N: N changes that leave www allowed throughout.
+// cmdChurn runs "churn-intentions DESTINATION N": it makes N changes that leave www allowed throughout.
 func (w *world) cmdChurn(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -102,8 +103,8 @@ func (w *world) cmdChurn(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// route-times SERVICE URL N: from Consul's answer to a registration until a request
-// is served by it, N times; prints the distribution and judges nothing.
+// cmdRouteTimes runs "route-times SERVICE URL N": it prints how long it takes, N times, from
+// Consul's answer to a registration until a request is served by it.
 func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[2])
 	ts.Check(err)
@@ -112,8 +113,8 @@ func (w *world) cmdRouteTimes(ts *testscript.TestScript, _ bool, args []string) 
 		w.version, n, times[n/2], times[n*9/10], times[n*99/100], times[n-1])
 }
 
-// routeTimes of n registrations, sorted; each is deregistered before the next. They come
-// apart: a watch that answers more often than every 20 ms is made to wait.
+// routeTimes returns, sorted, how long each of n registrations takes to be served; each is deregistered before
+// the next. They are spaced out, as a watch that answers more often than every 20 ms is made to wait.
 func (w *world) routeTimes(ts *testscript.TestScript, service, url string, n int) (times []time.Duration) {
 	client := &http.Client{Timeout: 5 * time.Second}
 	status := func() int {

@@ -23,7 +23,7 @@ func consulPath() string {
 	return filepath.Join(cacheDir(), "bin", "consul-1.21.0")
 }
 
-// consul ACLPOLICY [INTENTIONPOLICY [CONFIGURATION]] starts a server with ACLs.
+// cmdConsul runs "consul [ACLPOLICY [INTENTIONPOLICY [CONFIGURATION]]]": it starts a server with ACLs.
 func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	policy, extra := "deny", ""
 	if len(args) > 0 {
@@ -86,7 +86,7 @@ func (w *world) cmdConsulStop(ts *testscript.TestScript, _ bool, _ []string) {
 	w.agent = nil
 }
 
-// call asks Consul.
+// call sends a request to Consul's HTTP API and returns the body; a status other than 2xx is an error.
 func (w *world) call(method, path string, body []byte) ([]byte, error) {
 	req, err := http.NewRequest(method, "http://"+w.httpAt+path, bytes.NewReader(body))
 	if err != nil {
@@ -126,13 +126,13 @@ func (w *world) cmdConfig(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// post PATH FILE: any other write to Consul.
+// cmdPost runs "post PATH FILE": it makes any other write to Consul.
 func (w *world) cmdPost(ts *testscript.TestScript, _ bool, args []string) {
 	_, err := w.call(http.MethodPost, args[0], w.file(ts, args[1]))
 	ts.Check(err)
 }
 
-// intention allow|deny|delete SOURCE DESTINATION
+// cmdIntention runs "intention allow|deny|delete SOURCE DESTINATION": it writes or deletes an intention.
 func (w *world) cmdIntention(ts *testscript.TestScript, _ bool, args []string) {
 	path := "/v1/connect/intentions/exact?source=" + url.QueryEscape(args[1]) + "&destination=" + url.QueryEscape(args[2])
 	var err error

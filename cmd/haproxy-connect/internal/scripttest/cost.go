@@ -41,8 +41,8 @@ func (w *world) fill(ts *testscript.TestScript, n int) {
 	}
 }
 
-// scale-cost SIZES...: what a sidecar with so many upstreams of ten endpoints costs, half of
-// them http; the first is api, which is served. Prints, with the exponent of each law.
+// cmdScaleCost runs "scale-cost SIZE...": it measures a sidecar with SIZE upstreams of ten endpoints, half of
+// them http; the last is api, which is served. It prints a table, with the exponent of each law.
 func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 	type law struct {
 		name, unit string
@@ -90,7 +90,7 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 			return upstreamsWithEndpoints(admin) == n
 		})
 		laws[3].of = append(laws[3].of, ms(time.Since(begun)))
-		// The sockets that so many endpoints need were one more reload.
+		// So many endpoints need more sockets, which takes one more reload: wait until it is over.
 		haproxies, since := descendants(pid), time.Now()
 		waitFor("at rest", 6*patience, func() bool {
 			if now := descendants(pid); !slices.Equal(now, haproxies) {
@@ -143,7 +143,7 @@ func (w *world) cmdScaleCost(ts *testscript.TestScript, _ bool, args []string) {
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// exponent of the power law that fits best.
+// exponent returns the exponent of the power law that fits best.
 func exponent(x, y []float64) float64 {
 	var n, sx, sy, sxx, sxy float64
 	for i := range x {
@@ -156,7 +156,7 @@ func exponent(x, y []float64) float64 {
 	return (n*sxy - sx*sy) / (n*sxx - sx*sx)
 }
 
-// upstreamsWithEndpoints counts, of what a sidecar shows at its metrics.
+// upstreamsWithEndpoints counts the upstreams that have endpoints, by the metrics of a sidecar.
 func upstreamsWithEndpoints(admin string) (n int) {
 	text, err := scrape(admin)
 	if err != nil {
@@ -170,8 +170,8 @@ func upstreamsWithEndpoints(admin string) (n int) {
 	return n
 }
 
-// intentions-cost SERVICE ADDR INTENTIONS CALLERS: how long until so many intentions
-// are in force, what they hold, and what it costs that as many callers are let in.
+// cmdIntentionsCost runs "intentions-cost SERVICE ADDR INTENTIONS CALLERS": it prints how long it takes until
+// so many intentions are in force, the memory they hold, and what it costs to let so many callers in.
 func (w *world) cmdIntentionsCost(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[2])
 	ts.Check(err)

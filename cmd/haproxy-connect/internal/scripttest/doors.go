@@ -33,7 +33,8 @@ func init() {
 	}
 }
 
-// caller is a TLS configuration of a service of the mesh; the listener is what is tested.
+// caller returns the TLS configuration of a caller with a leaf of service. It verifies no
+// server: the listener's decision is what is tested.
 func (w *world) caller(ts *testscript.TestScript, service string) *tls.Config {
 	leaf, err := w.ca.Leaf(service, time.Hour)
 	ts.Check(err)
@@ -65,15 +66,15 @@ func exchange(c net.Conn, text string) string {
 	}
 }
 
-// mesh-raw WANT ADDR SERVICE TEXT: what a caller sends byte for byte, and the beginning of
-// the answer; "! mesh-raw" wants another answer. In TEXT \r\n is a line's end.
+// cmdMeshRaw runs "mesh-raw WANT ADDR SERVICE TEXT": it sends TEXT byte for byte as a caller, and the
+// answer must begin with WANT; "! mesh-raw" wants another answer. In TEXT \r\n ends a line.
 func (w *world) cmdMeshRaw(ts *testscript.TestScript, neg bool, args []string) {
 	c, err := tls.Dial("tcp", args[1], w.caller(ts, args[2]))
 	ts.Check(err)
 	w.compare(ts, neg, args[0], exchange(c, unquoted(ts, args[3])), args)
 }
 
-// plain-raw WANT ADDR TEXT: the same without TLS.
+// cmdPlainRaw runs "plain-raw WANT ADDR TEXT": it is mesh-raw without TLS.
 func (w *world) cmdPlainRaw(ts *testscript.TestScript, neg bool, args []string) {
 	c, err := net.DialTimeout("tcp", args[1], 5*time.Second)
 	ts.Check(err)
@@ -86,8 +87,8 @@ func (w *world) compare(ts *testscript.TestScript, neg bool, want, got string, a
 	}
 }
 
-// mesh-websocket NAME ADDR SERVICE PATH: opens a WebSocket to an application of kind
-// switch, and keeps it as a session.
+// cmdMeshWebSocket runs "mesh-websocket NAME ADDR SERVICE PATH": it opens a WebSocket to an
+// application of kind switch, and keeps it as a session.
 func (w *world) cmdMeshWebSocket(ts *testscript.TestScript, _ bool, args []string) {
 	conf := w.caller(ts, args[2])
 	if err := eventually(patience, func() error {
@@ -119,20 +120,20 @@ func (w *world) cmdMeshWebSocket(ts *testscript.TestScript, _ bool, args []strin
 	}
 }
 
-// silent N ADDR: so many connections that say nothing, until the script ends.
+// cmdSilent runs "silent N ADDR": it opens N connections that send nothing, until the script ends.
 func (w *world) cmdSilent(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	for range n {
 		c, err := net.DialTimeout("tcp", args[1], 5*time.Second)
 		if err != nil {
-			return // that is a way to refuse them
+			return // refusing the connection is fine too
 		}
 		w.env.Defer(func() { c.Close() })
 	}
 }
 
-// mesh-chain WANT ADDR SERVICE N: a caller who shows so many more certificates.
+// cmdMeshChain runs "mesh-chain WANT ADDR SERVICE N": it calls with N more certificates behind its leaf.
 func (w *world) cmdMeshChain(ts *testscript.TestScript, neg bool, args []string) {
 	n, err := strconv.Atoi(args[3])
 	ts.Check(err)
@@ -147,8 +148,8 @@ func (w *world) cmdMeshChain(ts *testscript.TestScript, neg bool, args []string)
 	w.compare(ts, neg, args[0], exchange(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"), args)
 }
 
-// half-close ADDR WAIT [PAUSE]: says all it has to say, ends its side, at once or after
-// PAUSE, and waits for the answer of an application of kind late, which comes after WAIT.
+// cmdHalfClose runs "half-close ADDR WAIT [PAUSE]": it sends all it has to send, ends its side, at once or
+// after PAUSE, and waits for the answer of an application of kind late, which comes after WAIT.
 func (w *world) cmdHalfClose(ts *testscript.TestScript, _ bool, args []string) {
 	wait, err := time.ParseDuration(args[1])
 	ts.Check(err)
@@ -178,8 +179,8 @@ func (w *world) cmdHalfClose(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// give-up APP URL close|reset: asks an application that waits, and goes away; it must hear
-// of it within 3 s.
+// cmdGiveUp runs "give-up APP URL close|reset": it sends a request to an application that
+// waits, and leaves; the application must notice within 3 s.
 func (w *world) cmdGiveUp(ts *testscript.TestScript, _ bool, args []string) {
 	u, err := url.Parse(args[1])
 	ts.Check(err)
@@ -212,7 +213,7 @@ func (w *world) cmdGiveUp(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// slow-upload URL PAUSE: an upload in two parts.
+// cmdSlowUpload runs "slow-upload URL PAUSE": it uploads in two parts, with a pause between them.
 func (w *world) cmdSlowUpload(ts *testscript.TestScript, _ bool, args []string) {
 	wait, err := time.ParseDuration(args[1])
 	ts.Check(err)
@@ -232,8 +233,8 @@ func (w *world) cmdSlowUpload(ts *testscript.TestScript, _ bool, args []string) 
 	}
 }
 
-// large STATUS URL header|cookie|lines|target|answer KB [h2]: a request or an answer of
-// that size passes, or gets one of these statuses at once.
+// cmdLarge runs "large STATUS URL header|cookie|lines|target|answer KB [h2]": a request or an
+// answer of that size must get a status that matches STATUS, a regular expression, at once.
 func (w *world) cmdLarge(ts *testscript.TestScript, _ bool, args []string) {
 	kb, err := strconv.Atoi(args[3])
 	ts.Check(err)
@@ -279,8 +280,8 @@ func (w *world) cmdLarge(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// spread N ADDR NAME=COUNT...: of so many tcp calls, one after the other, each application
-// gets its share, within a fifth.
+// cmdSpread runs "spread N ADDR NAME=COUNT...": it makes N tcp calls, one after the other;
+// each application must get its share, within a fifth.
 func (w *world) cmdSpread(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -306,8 +307,8 @@ func (w *world) cmdSpread(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// file KIND PATH: makes a file, a directory of another user's, a stale socket; "file same
-// PATH" wants the file as it was made.
+// cmdFile runs "file make|theirs|stale PATH": it makes a file, a directory of another user or a stale socket.
+// "file same PATH" wants the file as it was made, "file absent PATTERN" wants no file that matches.
 func (w *world) cmdFile(ts *testscript.TestScript, _ bool, args []string) {
 	path := args[1]
 	switch args[0] {
@@ -337,7 +338,7 @@ func (w *world) cmdFile(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// stop-master NAME stop|go: HAProxy's master does not answer, or answers again.
+// cmdStopMaster runs "stop-master NAME stop|go": it stops HAProxy's master, which then does not answer, or lets it go on.
 func (w *world) cmdStopMaster(ts *testscript.TestScript, _ bool, args []string) {
 	sig := syscall.SIGSTOP
 	if args[1] == "go" {
@@ -362,8 +363,8 @@ func (w *world) cmdStopMaster(ts *testscript.TestScript, _ bool, args []string) 
 	}
 }
 
-// early-answer N ADDR STATUS: an HTTP/1 client that sends 2 MB and does not read before it
-// has sent all of it, or cannot: of N tries each hears the answer.
+// cmdEarlyAnswer runs "early-answer N ADDR STATUS": an HTTP/1 client sends 2 MB and reads
+// nothing until it has sent all of it, or cannot. In each of N tries it must get the answer.
 func (w *world) cmdEarlyAnswer(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -386,12 +387,12 @@ func (w *world) cmdEarlyAnswer(ts *testscript.TestScript, _ bool, args []string)
 	}
 }
 
-// counted NAME METRIC REGEXP: a metric of a sidecar, sooner or later.
+// cmdCounted runs "counted NAME METRIC REGEXP": it waits until the metric of a sidecar matches.
 func (w *world) cmdCounted(ts *testscript.TestScript, _ bool, args []string) {
 	w.cmdHTTP(ts, false, []string{"200", "http://" + ts.Getenv(envName(args[0])+"_ADMIN") + "/metrics", `(?m)^` + args[1] + ` ` + args[2] + `$`})
 }
 
-// fails APP on|off: an application of kind http answers 503 to everything, or no more.
+// cmdFails runs "fails APP on|off": an application of kind http answers 503 to everything, or no longer.
 func (w *world) cmdFails(ts *testscript.TestScript, _ bool, args []string) {
 	n := int64(0)
 	if args[1] == "on" {
@@ -400,7 +401,7 @@ func (w *world) cmdFails(ts *testscript.TestScript, _ bool, args []string) {
 	w.counts[args[0]+" fails"].Store(n)
 }
 
-// burst N URL STATUS=COUNT...: so many requests at once, and their answers.
+// cmdBurst runs "burst N URL STATUS=COUNT...": it sends N requests at once; COUNT of the answers must have STATUS.
 func (w *world) cmdBurst(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -429,7 +430,8 @@ func (w *world) cmdBurst(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// at-once APP N: so many requests were under way at most since the last time.
+// cmdAtOnce runs "at-once APP N": the most requests that were under way at a time, since the
+// command was last used, must be N.
 func (w *world) cmdAtOnce(ts *testscript.TestScript, _ bool, args []string) {
 	if got := w.counts[args[0]+" at once"].Swap(0); strconv.FormatInt(got, 10) != args[1] {
 		ts.Fatalf("at-once: %d, want %s", got, args[1])
@@ -484,7 +486,7 @@ func serveSwitch(ln net.Listener, count *atomic.Int64) {
 	}
 }
 
-// serveLate reads a duration and everything after it to the end, and answers that much later.
+// serveLate reads to the end of what is sent, which is a duration, and answers after so long.
 func serveLate(ln net.Listener) {
 	for {
 		c, err := ln.Accept()
@@ -501,7 +503,7 @@ func serveLate(ln net.Listener) {
 	}
 }
 
-// misbehave does what a query asks an application of kind http for; true: it has answered.
+// misbehave does what the query asks of an application of kind http, and reports whether it has answered.
 func misbehave(rw http.ResponseWriter, r *http.Request, name string, fails, given *atomic.Int64) bool {
 	if fails.Load() != 0 {
 		http.Error(rw, name+" fails", http.StatusServiceUnavailable)

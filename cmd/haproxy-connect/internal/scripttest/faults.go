@@ -32,11 +32,11 @@ type between struct {
 	addr string
 	mu   sync.Mutex
 	mode string
-	cut  chan struct{} // closed when the mode changes: what waits is ended
+	cut  chan struct{} // closed when the mode changes, to end the requests that wait
 	seen atomic.Int64
 }
 
-// between: starts it; $BETWEEN is its address.
+// cmdBetween runs "between": it starts the proxy; $BETWEEN is its address.
 func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
@@ -96,8 +96,9 @@ func (b *between) now() (string, chan struct{}) {
 	return b.mode, b.cut
 }
 
-// fault none|STATUS|half|slow|oldroot|skew: every request gets this status, or every second
-// one fails, or each takes 0.3 s longer, or inactive roots are left out of the list, or the agent's clock is wrong. What waits is ended.
+// cmdFault runs "fault none|STATUS|half|slow|oldroot|skew": every request gets this status,
+// every second one fails, each takes 0.3 s longer, inactive roots are left out of the list, or
+// the agent's clock is an hour ahead. Requests that wait are ended.
 func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
 	b := w.between
 	b.mu.Lock()
@@ -125,7 +126,7 @@ func onlyActive(res *http.Response) error {
 	return nil
 }
 
-// said NAME COUNT REGEXP: the sidecar has said so at least so often, sooner or later.
+// cmdSaid runs "said NAME COUNT REGEXP": it waits until the log of the sidecar matches at least COUNT times.
 func (w *world) cmdSaid(ts *testscript.TestScript, _ bool, args []string) {
 	want, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -142,8 +143,8 @@ func (w *world) cmdSaid(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// servers ADMIN keep|same|changed: remembers the names of HAProxy's servers, or
-// compares them with those remembered.
+// cmdServers runs "servers ADMIN keep|same|changed": it remembers the names of HAProxy's
+// servers, or compares them with those remembered.
 func (w *world) cmdServers(ts *testscript.TestScript, _ bool, args []string) {
 	var got string
 	err := eventually(patience, func() error {
@@ -164,8 +165,8 @@ func (w *world) cmdServers(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// consul-client: a client agent beside the server, on the same machine; from here on
-// scripts and sidecars talk to it.
+// cmdConsulClient runs "consul-client": it starts a client agent beside the server, on the
+// same machine; from here on scripts and sidecars talk to it.
 func (w *world) cmdConsulClient(ts *testscript.TestScript, _ bool, _ []string) {
 	var p [2]int
 	for i := range p {
@@ -202,14 +203,14 @@ ports { http = %d, serf_lan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
 	}
 }
 
-// forget ID: the servers deregister a service that the client agent still has.
+// cmdForget runs "forget ID": the servers deregister a service that the client agent still has.
 func (w *world) cmdForget(ts *testscript.TestScript, _ bool, args []string) {
 	_, err := w.call(http.MethodPut, "/v1/catalog/deregister", fmt.Appendf(nil, `{"Node":"node2","ServiceID":%q}`, args[0]))
 	ts.Check(err)
 }
 
-// token NAME SERVICE: an ACL token of this service; $NAME is its secret. token-revoke
-// and token-restore NAME take it away and give the same one back.
+// cmdToken runs "token NAME SERVICE": it makes an ACL token for this service; $NAME is its secret.
+// "token-revoke NAME" deletes the token and "token-restore NAME" makes the same one again.
 func (w *world) cmdToken(ts *testscript.TestScript, _ bool, args []string) {
 	digits := fmt.Sprintf("%012x", time.Now().UnixNano()&0xffffffffffff)
 	secret, accessor := "aaaaaaaa-0000-4000-8000-"+digits, "bbbbbbbb-0000-4000-8000-"+digits
@@ -228,8 +229,8 @@ func (w *world) cmdTokenRevoke(ts *testscript.TestScript, _ bool, args []string)
 	ts.Check(err)
 }
 
-// cut NAME MIN MAX: the held session, used all the while, ends so long after this
-// line: no sooner, no later.
+// cmdCut runs "cut NAME MIN MAX": the held session, in constant use, must end between MIN and
+// MAX from now.
 func (w *world) cmdCut(ts *testscript.TestScript, _ bool, args []string) {
 	least, err := time.ParseDuration(args[1])
 	ts.Check(err)
@@ -247,15 +248,15 @@ func (w *world) cmdCut(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// apply-time ADMIN COUNT: how long after this line HAProxy has so many endpoints.
+// cmdApplyTime runs "apply-time ADMIN COUNT": it prints how long it takes from now until HAProxy has COUNT endpoints.
 func (w *world) cmdApplyTime(ts *testscript.TestScript, _ bool, args []string) {
 	begun := time.Now()
 	w.cmdEndpoints(ts, false, args)
 	fmt.Printf("measured: HAProxy %s: %s endpoints, the last served %s after Consul took it\n", w.version, args[1], time.Since(begun).Round(time.Millisecond))
 }
 
-// toggle ADMIN N FILE FILE: registers the two in turn, each once the reload for the one
-// before has come.
+// cmdToggle runs "toggle ADMIN N FILE FILE": it registers the two in turn, N times in all,
+// each after the reload for the one before.
 func (w *world) cmdToggle(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[1])
 	ts.Check(err)
@@ -286,7 +287,7 @@ func (w *world) cmdToggle(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// small-disk DIR: a file system of 3 MB; full DIR fills it to the last byte.
+// cmdSmallDisk runs "small-disk DIR": it mounts a file system of 3 MB at DIR; "full DIR" fills it to the last byte.
 func (w *world) cmdSmallDisk(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.MkdirAll(args[0], 0o755))
 	ts.Check(syscall.Mount("tmpfs", args[0], "tmpfs", 0, "size=3m,mode=0755"))
@@ -304,7 +305,7 @@ func (w *world) cmdFull(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// status ADMIN REGEXP: /status.json says so, sooner or later; "! status": no more.
+// cmdStatusSays runs "status ADMIN REGEXP": it waits until /status.json matches; "! status" until it no longer does.
 func (w *world) cmdStatusSays(ts *testscript.TestScript, neg bool, args []string) {
 	re := regexp.MustCompile(args[1])
 	last := ""
@@ -325,13 +326,13 @@ func (w *world) cmdStatusSays(ts *testscript.TestScript, neg bool, args []string
 	}
 }
 
-// drop NAME: closes a held session.
+// cmdDrop runs "drop NAME": it closes a held session.
 func (w *world) cmdDrop(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(w.idle[args[0]].Close())
 }
 
-// relay ADDR [URL] is an application of scripts: it answers with its name, or with what
-// URL answers, and ends as it should on SIGTERM.
+// relay is the command relay ADDR [URL], an application that scripts start: it answers with
+// its name, or with what URL answers, and ends in order on SIGTERM.
 func relay() {
 	h := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -373,8 +374,8 @@ func relay() {
 	<-done
 }
 
-// page ADMIN REGEXP...: the status page, as a browser makes it, matches all of these,
-// sooner or later; "! page": none.
+// cmdPage runs "page ADMIN REGEXP...": it waits until the status page, as a browser makes it,
+// matches all of these; "! page": none.
 func (w *world) cmdPage(ts *testscript.TestScript, neg bool, args []string) {
 	browser, err := exec.LookPath("chromium-headless-shell")
 	ts.Check(err)
@@ -398,8 +399,8 @@ func (w *world) cmdPage(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// notified: systemd's side of Type=notify, on $NOTIFY_SOCKET. "notified STATE": it was
-// told so, sooner or later.
+// cmdNotified runs "notified": it plays systemd's side of Type=notify, on $NOTIFY_SOCKET.
+// "notified STATE" waits until it was told STATE.
 func (w *world) cmdNotified(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) == 0 {
 		path := filepath.Join(w.dir, "notify")
@@ -415,7 +416,7 @@ func (w *world) cmdNotified(ts *testscript.TestScript, _ bool, args []string) {
 	w.cmdLog(ts, false, []string{"systemd", args[0]})
 }
 
-// json-lines NAME: every line of the sidecar's access log is JSON, and there are some.
+// cmdJSONLines runs "json-lines NAME": every line of the sidecar's access log must be JSON, and there must be some.
 func (w *world) cmdJSONLines(ts *testscript.TestScript, _ bool, args []string) {
 	n := 0
 	for line := range strings.Lines(w.logs[args[0]].String()) {
@@ -431,8 +432,8 @@ func (w *world) cmdJSONLines(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// logged NAME|FILE REGEXP URL|ADDR [H=V]: a request to URL, or a connection to ADDR, is logged so by the sidecar, or in
-// the file, once the configuration has arrived.
+// cmdLogged runs "logged NAME|FILE REGEXP URL|ADDR [H=V]": it repeats a request to URL, or a connection to
+// ADDR, until the log of the sidecar, or the file, matches: the configuration may still be on its way.
 func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 	re := regexp.MustCompile(args[1])
 	last := ""
@@ -440,7 +441,7 @@ func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 		if !strings.HasPrefix(args[2], "http") {
 			_, _ = tcpOnce(args[2], "ping") // served or not, it is logged
 		} else {
-			_, _ = getOnce(args[2:]) // nor here
+			_, _ = getOnce(args[2:]) // here too
 		}
 		if log := w.logs[args[0]]; log != nil {
 			last = log.String()
@@ -458,8 +459,8 @@ func (w *world) cmdLogged(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// scraped ADMIN,ADMIN FILE...: every metric that the files name is in a scrape of one of
-// these sidecars, with a value.
+// cmdScraped runs "scraped ADMIN,ADMIN FILE...": every metric that the files name must be in a
+// scrape of one of these sidecars, with a value.
 func (w *world) cmdScraped(ts *testscript.TestScript, _ bool, args []string) {
 	var all string
 	for _, admin := range strings.Split(args[0], ",") {

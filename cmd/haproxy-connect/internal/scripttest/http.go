@@ -22,7 +22,8 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 )
 
-// http STATUS URL [REGEXP] [h2] [-H k=v] [-X METHOD]: the answer is so, sooner or later.
+// cmdHTTP runs "http STATUS[|STATUS]... URL [REGEXP] [h2] [-H k=v] [-X METHOD] [-within D]":
+// it repeats the request until status and body are as wanted, which may take D at most.
 func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	want, target := args[0], args[1]
 	re, tr, method := regexp.MustCompile(""), http.RoundTripper(&http.Transport{DisableKeepAlives: true}), http.MethodGet
@@ -83,7 +84,7 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Logf("after %s: %.300s", time.Since(begun).Round(time.Millisecond), last)
 }
 
-// grpc ok|denied ADDR: a real gRPC call, unary and streaming.
+// cmdGRPC runs "grpc ok|denied ADDR": it repeats a real gRPC call, unary and streaming, until it succeeds or is denied.
 func (w *world) cmdGRPC(ts *testscript.TestScript, _ bool, args []string) {
 	conn, err := grpc.NewClient("passthrough:///"+args[1], grpc.WithTransportCredentials(insecure.NewCredentials()))
 	ts.Check(err)
@@ -114,7 +115,8 @@ func (w *world) cmdGRPC(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// tcp ok|refused ADDR [TEXT] [EXPECT]: one line there, one back.
+// cmdTCP runs "tcp ok|refused ADDR [TEXT] [EXPECT]": it sends a line, again and again, until a
+// line that contains EXPECT comes back (ok), or nothing does (refused).
 func (w *world) cmdTCP(ts *testscript.TestScript, _ bool, args []string) {
 	send, expect := "ping", ""
 	if len(args) > 2 {
@@ -162,8 +164,8 @@ func tcpOnce(addr, send string) (string, error) {
 	return bufio.NewReader(c).ReadString('\n')
 }
 
-// raw REGEXP ADDR TARGET [HEADER:VALUE]: a request whose target is sent as it is; the
-// answer, on one line from the status on, is so sooner or later.
+// cmdRaw runs "raw REGEXP ADDR TARGET [HEADER:VALUE]": it repeats a request whose target is
+// sent as it is until the answer, on one line from the status on, matches.
 func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
 	re := regexp.MustCompile("^" + args[0])
 	extra := ""

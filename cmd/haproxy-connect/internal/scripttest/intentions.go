@@ -29,9 +29,9 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect/consul"
 )
 
-// differential ROUNDS: random sets of intentions, 24 destinations each round, with
-// wildcards on both sides; what our Policy decides is what Consul's own
-// intentions/check and agent/connect/authorize say, for every pair of services.
+// cmdDifferential runs "differential ROUNDS": each round draws intentions for 24 destinations,
+// with wildcards on both sides. For every pair of services our Policy must decide what
+// Consul's own intentions/check and agent/connect/authorize say.
 func (w *world) cmdDifferential(ts *testscript.TestScript, _ bool, args []string) {
 	const destinations = 24
 	rounds, err := strconv.Atoi(args[0])
@@ -147,8 +147,8 @@ func (w *world) consulSays(snap *connect.Snapshot, source, dest string) (check, 
 	return one.Allowed, two.Authorized, err
 }
 
-// check-agrees SERVICE CALLER ADDR COUNT: for so many random requests of the caller, what
-// its upstream at ADDR answers is what check says, offline.
+// cmdCheckAgrees runs "check-agrees SERVICE CALLER ADDR COUNT": for COUNT random requests of
+// the caller, the answer at ADDR, its upstream, must be what the check command says.
 func (w *world) cmdCheckAgrees(ts *testscript.TestScript, _ bool, args []string) {
 	n, err := strconv.Atoi(args[3])
 	ts.Check(err)
@@ -190,8 +190,8 @@ func (w *world) cmdCheckAgrees(ts *testscript.TestScript, _ bool, args []string)
 	}
 }
 
-// mesh-hold NAME ADDR SERVICE: a caller's own connection to a public listener, kept
-// open after one request. mesh-held NAME: it answers another.
+// cmdMeshHold runs "mesh-hold NAME ADDR SERVICE": it opens a connection to a public listener as a caller,
+// sends one request and keeps it open. "mesh-held NAME": the connection must answer another request.
 func (w *world) cmdMeshHold(ts *testscript.TestScript, _ bool, args []string) {
 	leaf, err := w.ca.Leaf(args[2], time.Hour)
 	ts.Check(err)
@@ -217,7 +217,7 @@ func (w *world) cmdMeshHeld(ts *testscript.TestScript, neg bool, args []string) 
 	}
 }
 
-// getOn asks once on a connection that stays open.
+// getOn sends one request on a connection and leaves it open.
 func getOn(c net.Conn) error {
 	if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return err
@@ -236,8 +236,8 @@ func getOn(c net.Conn) error {
 	return nil
 }
 
-// mesh-get REGEXP ADDR SERVICE [HEADER:VALUE]... [body:TEXT]: what a caller of its own
-// gets from a public listener is so, sooner or later.
+// cmdMeshGet runs "mesh-get REGEXP ADDR SERVICE [HEADER:VALUE]... [body:TEXT]": it calls a
+// public listener directly, as SERVICE, until the answer matches.
 func (w *world) cmdMeshGet(ts *testscript.TestScript, _ bool, args []string) {
 	re := regexp.MustCompile(args[0])
 	leaf, err := w.ca.Leaf(args[2], time.Hour)

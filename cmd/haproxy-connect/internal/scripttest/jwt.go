@@ -33,8 +33,8 @@ func (i *issuer) jwks() []byte {
 	return b
 }
 
-// issuer NAME [MODE]: a signer of tokens; $NAME_JWKS is its key set, in base64, $NAME_FILE
-// a file of it, $NAME_URI where it is served. MODE hang, 500 or lie makes the server so.
+// cmdIssuer runs "issuer NAME [MODE]": it makes a signer of tokens. $NAME_JWKS is its key set in base64, $NAME_FILE a file
+// with the key set, $NAME_URI where it is served. MODE makes that server hang, answer 500 or serve invalid keys (lie).
 func (w *world) cmdIssuer(ts *testscript.TestScript, _ bool, args []string) {
 	i := w.issuers[args[0]]
 	if i == nil {
@@ -81,7 +81,7 @@ func (i *issuer) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// jwt VAR ISSUER CLAIMS: $VAR is a token with these claims.
+// cmdJWT runs "jwt VAR ISSUER CLAIMS": it sets $VAR to a token with these claims.
 func (w *world) cmdJWT(ts *testscript.TestScript, _ bool, args []string) {
 	s, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: w.issuers[args[1]].key, KeyID: "k1"}}, nil)
 	ts.Check(err)
@@ -92,7 +92,7 @@ func (w *world) cmdJWT(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv(args[0], text)
 }
 
-// header NAME REGEXP URL [H=V]: an answer's header is so, sooner or later.
+// cmdHeader runs "header NAME REGEXP URL [H=V]": it repeats the request until this header of the answer matches.
 func (w *world) cmdHeader(ts *testscript.TestScript, _ bool, args []string) {
 	re, err := regexp.Compile(args[1])
 	ts.Check(err)
@@ -111,7 +111,8 @@ func (w *world) cmdHeader(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// getOnce asks URL [HEADER=VALUE] on a connection of its own. The body is closed.
+// getOnce requests args[0], a URL, with the headers HEADER=VALUE that follow it, on a
+// connection of its own. The body is closed.
 func getOnce(args []string) (*http.Response, error) {
 	req, err := http.NewRequest(http.MethodGet, args[0], nil)
 	if err != nil {

@@ -30,7 +30,7 @@ func (l *load) stop() {
 	l.wg.Wait()
 }
 
-// load NAME URL|ADDR [get]: starts two clients, which GET and POST in turn.
+// cmdLoad runs "load NAME URL|ADDR [get]": it starts two clients, which GET and POST in turn, or only GET.
 func (w *world) cmdLoad(ts *testscript.TestScript, _ bool, args []string) {
 	l := &load{end: make(chan struct{})}
 	w.loads[args[0]] = l
@@ -84,14 +84,15 @@ func oneCall(client *http.Client, target string, post bool) error {
 	return err
 }
 
-// load-stop NAME [MOST]: no more than MOST (0) calls have failed, and some went well.
+// cmdLoadStop runs "load-stop NAME [MOST]": it ends the load. At most MOST calls (default 0)
+// may have failed, and some must have succeeded.
 func (w *world) cmdLoadStop(ts *testscript.TestScript, _ bool, args []string) {
 	l := w.loads[args[0]]
 	most := int64(0)
 	if len(args) > 1 {
 		most, _ = strconv.ParseInt(args[1], 10, 64)
 	}
-	_ = eventually(patience, func() error { // it must have had the time to say something
+	_ = eventually(patience, func() error { // with fewer calls the load proves nothing
 		if l.good.Load()+l.failed.Load() < 50 {
 			return errors.New("too few")
 		}
@@ -99,7 +100,7 @@ func (w *world) cmdLoadStop(ts *testscript.TestScript, _ bool, args []string) {
 	})
 	l.stop()
 	ts.Logf("load %s: %d good, %d failed", args[0], l.good.Load(), l.failed.Load())
-	if most >= 0 && (l.good.Load() == 0 || l.failed.Load() > most) { // below 0: whatever happened
+	if most >= 0 && (l.good.Load() == 0 || l.failed.Load() > most) { // below 0: any outcome is fine
 		first := ""
 		if p := l.first.Load(); p != nil {
 			first = *p
@@ -108,7 +109,8 @@ func (w *world) cmdLoadStop(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// hold NAME ADDR: opens a TCP session and keeps it. held NAME open|closed [-within D].
+// cmdHold runs "hold NAME ADDR": it opens a TCP session and keeps it. "held NAME open|closed
+// [-within D]": the session must still be open, or end in time.
 func (w *world) cmdHold(ts *testscript.TestScript, _ bool, args []string) {
 	if err := eventually(patience, func() error {
 		c, err := dialAny(args[1])

@@ -24,7 +24,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// variant is a HAProxy with the public side of a sidecar's configuration, changed.
+// variant is a HAProxy that runs a changed copy of the public side of a sidecar's configuration.
 type variant struct {
 	name string
 	addr string
@@ -34,9 +34,9 @@ type variant struct {
 
 type measured struct{ rate, haproxy, agent float64 }
 
-// authz-cost NAME SERVICE: what authorization costs the sidecar NAME per request on
-// kept connections and per connection: none, asked once per connection, asked per
-// request, and a verdict from a map of HAProxy's own; in turns, as ratios to none.
+// cmdAuthzCost runs "authz-cost NAME SERVICE": it measures what authorization costs the
+// sidecar NAME, per request on kept connections and per new connection. The kinds of
+// authorization below are measured in turns and printed as ratios to the first, none.
 func (w *world) cmdAuthzCost(ts *testscript.TestScript, _ bool, args []string) {
 	const rounds, long = 3, 1500 * time.Millisecond
 	dir := filepath.Join(w.dir, args[0])
@@ -131,7 +131,7 @@ func publicOnly(text string) string {
 	return strings.Join(out, "\n\n") + "\n"
 }
 
-// drive calls in a closed loop, on kept connections or each on its own.
+// drive calls addr as fast as it can for long, on kept connections or each time on a new one, and counts the calls.
 func drive(addr string, cert tls.Certificate, workers int, long time.Duration, kept bool) (n int64, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), long)
 	defer cancel()
@@ -174,7 +174,7 @@ func drive(addr string, cert tls.Certificate, workers int, long time.Duration, k
 	return count.Load(), err
 }
 
-// cpuOf is what a process has used so far.
+// cpuOf returns the CPU time that a process has used so far.
 func cpuOf(pid int) time.Duration {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

@@ -23,9 +23,9 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// rotate-roots [TTL] gives Consul's CA a new key and root, of which the script then
-// also has the key: mesh-call and tls-server sign with it. Leaves live for TTL, less
-// the minute that Consul dates them back.
+// cmdRotateRoots runs "rotate-roots [TTL]": it gives Consul's CA a new key and root. The
+// script then has the key too: mesh-call and tls-server sign with it. Leaves live for TTL,
+// less the minute that Consul dates them back.
 func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string) {
 	ttl := "72h"
 	if len(args) > 0 {
@@ -47,8 +47,8 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 	ts.Check(err)
 }
 
-// leaf-root ADDR...: each listener sooner or later presents a leaf of the newest root,
-// with the cross-signed one by which those verify it who know only the root before.
+// cmdLeafRoot runs "leaf-root ADDR...": it waits until each listener presents a leaf of the newest root, and
+// with it the cross-signed certificate by which a peer that only knows the root before can verify the leaf.
 func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	for _, addr := range args {
 		err := eventually(2*patience, func() error {
@@ -86,7 +86,7 @@ func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 					return fmt.Errorf("the chain has %d certificates", len(cs.PeerCertificates))
 				}
 				cross := cs.PeerCertificates[1]
-				if !bytes.Equal(cross.AuthorityKeyId, before.SubjectKeyId) { // OpenSSL minds, Go does not
+				if !bytes.Equal(cross.AuthorityKeyId, before.SubjectKeyId) { // OpenSSL compares the two, Go does not
 					return errors.New("the cross-signed certificate names another key than that of the root before")
 				}
 				return errors.Join(cross.CheckSignatureFrom(before), cs.PeerCertificates[0].CheckSignatureFrom(cross))
@@ -105,8 +105,8 @@ func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME] [tls=1.2]: a
-// caller of its own, straight to a public listener.
+// cmdMeshCall runs "mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME] [tls=1.2]": it calls a
+// public listener directly, without a sidecar, with the certificate that is named, until the outcome is as wanted.
 func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the listener is what is tested
 	for _, a := range args[3:] {
@@ -188,8 +188,8 @@ func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// tls-server NAME SERVICE silent|banner|slow|echo|http: a server on $NAME_PORT with a valid
-// leaf of SERVICE; what it reads after the handshake is counted.
+// cmdTLSServer runs "tls-server NAME SERVICE silent|banner|slow|echo|http": it starts a server on
+// $NAME_PORT with a valid leaf of SERVICE. What the server reads after the handshake is counted.
 func (w *world) cmdTLSServer(ts *testscript.TestScript, _ bool, args []string) {
 	name, kind := args[0], args[2]
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -198,7 +198,7 @@ func (w *world) cmdTLSServer(ts *testscript.TestScript, _ bool, args []string) {
 	port := strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
 	ts.Setenv(envName(name)+"_PORT", port)
 	uri := w.ca.ID(args[1]).String()
-	if args[1] == "PORT" { // a certificate that names its own port, which no service is called
+	if args[1] == "PORT" { // the certificate names the port instead of a service
 		uri = port
 	}
 	u, err := url.Parse(uri)
@@ -248,8 +248,8 @@ func (w *world) cmdTLSServer(ts *testscript.TestScript, _ bool, args []string) {
 	}()
 }
 
-// received NAME COUNT|+: so much arrived at an application or tls-server (bytes, or
-// requests of an HTTP application); "+" is more than nothing.
+// cmdReceived runs "received NAME COUNT|+": an application or tls-server must have received
+// COUNT bytes, or requests if it is an HTTP application; "+" is more than nothing.
 func (w *world) cmdReceived(ts *testscript.TestScript, _ bool, args []string) {
 	got := w.counts[args[0]].Load()
 	if args[1] == "+" && got > 0 || strconv.FormatInt(got, 10) == args[1] {

@@ -24,10 +24,10 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// benchAnswer, the command bench-answer ADDR H2C-ADDR, is the application of the benchmarks, a process of its own: it
-// answers each HTTP/1.1 request with the same few bytes, /bulk with 64 MB, and the same
-// over HTTP/2 at the second address. It does no more than it must, so that what is
-// measured is the proxies.
+// benchAnswer is the command bench-answer ADDR H2C-ADDR: the application of the benchmarks, a
+// process of its own. It answers each HTTP/1.1 request with the same few bytes, /bulk with 64
+// MB, and every HTTP/2 request at the second address with the few bytes. It does no more than
+// it must, so that the proxies are what is measured.
 func benchAnswer() {
 	ln, err := net.Listen("tcp", os.Args[1])
 	if err != nil {
@@ -146,10 +146,10 @@ func (o *overH2) get(path string) (int64, error) {
 
 func (o *overH2) close() { o.http.CloseIdleConnections() }
 
-// peer is one of those that are compared: an address to call, and what serves it.
+// peer is one of the contenders that are compared: an address to call, and the processes that serve it.
 type peer struct {
 	name, kind, addr string
-	proxies, agents  []int // processes: of the data plane, and beside it
+	proxies, agents  []int // pids of the data plane, and of what runs beside it
 	rounds           map[string][]figures
 	idle, loaded     float64 // MB
 }
@@ -179,8 +179,8 @@ func cpuOfAll(pids []int) (sum time.Duration) {
 	return sum
 }
 
-// closed has so many clients call as fast as they can: path on a kept connection, or
-// each on one of its own.
+// closed lets so many clients call path as fast as they can, on kept connections or each time
+// on a new one.
 func (p *peer) closed(clients int, long time.Duration, path string, kept bool) (f figures, err error) {
 	var n, size atomic.Int64
 	var wg sync.WaitGroup
@@ -230,8 +230,8 @@ func (p *peer) closed(clients int, long time.Duration, path string, kept bool) (
 	return f, err
 }
 
-// open has requests begin at a fixed rate, whether or not earlier ones were answered: what
-// waits for a client that still waits is counted from when it should have begun.
+// open begins requests at a fixed rate, whether or not earlier ones were answered: the time of
+// a request that has to wait for a free client counts from when it was due.
 func (p *peer) open(rate int, long time.Duration) (f figures, err error) {
 	const clients = 32
 	total := int64(float64(rate) * long.Seconds())
@@ -268,7 +268,7 @@ func (p *peer) open(rate int, long time.Duration) (f figures, err error) {
 				due := begun.Add(time.Duration(i) * gap)
 				if wait := time.Until(due); wait > 0 {
 					time.Sleep(wait)
-					due = time.Now() // a late wake-up is the client's own
+					due = time.Now() // a late wake-up is the client's own delay, not the proxy's
 				}
 				if _, err := c.get("/"); err != nil {
 					failed <- fmt.Errorf("%s at %d/s: %w", p.name, rate, err)
@@ -300,7 +300,7 @@ func (f *figures) percentiles() {
 	}
 }
 
-// memoryOf is what processes have in memory, what they share divided among them, in MB.
+// memoryOf returns the memory of processes in MB; what they share is divided among them (Pss).
 func memoryOf(pids ...int) (sum float64) {
 	for _, p := range pids {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p))
@@ -314,7 +314,7 @@ func memoryOf(pids ...int) (sum float64) {
 	return sum
 }
 
-// descendants of a process, which HAProxy's master and worker are of a sidecar.
+// descendants returns the pids of all descendants of a process, such as the HAProxy master and workers of a sidecar.
 func descendants(pid int) (out []int) {
 	b, _ := exec.Command("pgrep", "-P", strconv.Itoa(pid)).Output()
 	for f := range strings.FieldsSeq(string(b)) {
@@ -336,7 +336,7 @@ func (w *world) background(ts *testscript.TestScript, env []string, name string,
 	return cmd.Process.Pid
 }
 
-// bench-app NAME starts bench-answer, at $NAME_PORT and with HTTP/2 at $NAME_H2_PORT.
+// cmdBenchApp runs "bench-app NAME": it starts bench-answer at $NAME_PORT, and with HTTP/2 at $NAME_H2_PORT.
 func (w *world) cmdBenchApp(ts *testscript.TestScript, _ bool, args []string) {
 	w.cmdPort(ts, false, []string{envName(args[0]) + "_PORT", envName(args[0]) + "_H2_PORT"})
 	bin := filepath.Join(strings.Split(ts.Getenv("PATH"), string(os.PathListSeparator))[0], "bench-answer")
@@ -351,8 +351,8 @@ func (w *world) cmdBenchApp(ts *testscript.TestScript, _ bool, args []string) {
 	}))
 }
 
-// peer NAME KIND ADDR SOURCE...: adds what is to be compared. A source is a sidecar of ours
-// (car:NAME), a HAProxy with a configuration of the script (haproxy:FILE), Consul's own
+// cmdPeer runs "peer NAME KIND ADDR SOURCE...": it adds a contender. A source is a sidecar of
+// ours (car:NAME), a HAProxy with a configuration of the script (haproxy:FILE), Consul's own
 // proxy (consul:SERVICE), stunnel (stunnel:FILE) or ghostunnel (ghostunnel:FILE, a file of
 // arguments).
 func (w *world) cmdPeer(ts *testscript.TestScript, _ bool, args []string) {
@@ -394,8 +394,8 @@ func (w *world) cmdPeer(ts *testscript.TestScript, _ bool, args []string) {
 	w.peers = append(w.peers, p)
 }
 
-// bench-identity writes ca.pem, and peer.pem with a certificate and key of the mesh's CA
-// that the peers without Consul use on both sides.
+// cmdBenchIdentity runs "bench-identity": it writes ca.pem, and peer.pem with a certificate
+// and key of the mesh's CA that the peers without Consul use on both sides.
 func (w *world) cmdBenchIdentity(ts *testscript.TestScript, _ bool, _ []string) {
 	id, err := url.Parse(w.ca.ID("peer").String())
 	ts.Check(err)
@@ -408,8 +408,8 @@ func (w *world) cmdBenchIdentity(ts *testscript.TestScript, _ bool, _ []string) 
 
 var rates = []int{500, 1000, 2000, 4000}
 
-// bench ROUNDS: compares all peers in turns; prints, and with -update writes the table and
-// the plot beside it.
+// cmdBench runs "bench ROUNDS": it compares all peers in turns and prints the table; with
+// -update it also writes the table and the plot beside it.
 func (w *world) cmdBench(ts *testscript.TestScript, _ bool, args []string) {
 	rounds, err := strconv.Atoi(args[0])
 	ts.Check(err)
@@ -448,7 +448,7 @@ func (w *world) cmdBench(ts *testscript.TestScript, _ bool, args []string) {
 	w.table(ts)
 }
 
-// median and spread of one figure over the rounds.
+// median returns the median, the least and the greatest of one figure over the rounds.
 func (p *peer) median(load string, of func(figures) float64) (mid, low, high float64) {
 	var all []float64
 	for _, f := range p.rounds[load] {
@@ -462,7 +462,7 @@ func (p *peer) median(load string, of func(figures) float64) (mid, low, high flo
 }
 
 func (w *world) table(ts *testscript.TestScript) {
-	limit := map[string]*peer{} // by kind: what nobody with this data plane can be better than
+	limit := map[string]*peer{} // by kind: the hand-written HAProxy pair, the best that this data plane can do
 	for _, p := range w.peers {
 		if strings.HasPrefix(p.name, "HAProxy pair") {
 			limit[p.kind] = p
@@ -528,7 +528,7 @@ func (w *world) table(ts *testscript.TestScript) {
 	}
 }
 
-// intoReadme replaces what stands between the marks of a name.
+// intoReadme replaces the text between the marks of name in testdata/measure/README.md.
 func intoReadme(ts *testscript.TestScript, name, text string) {
 	file := filepath.Join(sourceDir(ts), "testdata", "measure", "README.md")
 	raw, err := os.ReadFile(file)

@@ -26,7 +26,7 @@ type point struct{ x, y float64 }
 
 var colours = []string{"#1b6ca8", "#c44536", "#3a7d44", "#8d5a97", "#b8860b", "#5c5c5c", "#0f8b8d", "#e07a5f", "#3d405b", "#6a994e", "#9d4edd", "#bc4749"}
 
-// svg draws it, with the values in the picture's own text for who cannot see it.
+// svg draws the plot; the values are also text in the picture, for readers who cannot see it.
 func (p plot) svg() string {
 	const left, top, wide, high = 60.0, 40.0, 480.0, 320.0
 	minX, maxX, minY, maxY := math.Inf(1), 0.0, math.Inf(1), 0.0
@@ -76,7 +76,7 @@ func round(v float64) float64 {
 }
 
 func sourceDir(ts *testscript.TestScript) string {
-	dir, err := filepath.Abs(filepath.Join("..", "..")) // of the package, where the test runs
+	dir, err := filepath.Abs(filepath.Join("..", "..")) // the test runs in the package's directory
 	ts.Check(err)
 	return dir
 }

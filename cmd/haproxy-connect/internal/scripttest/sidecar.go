@@ -38,7 +38,7 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// sidecar NAME [flags]: starts the program and waits until it is ready;
+// cmdSidecar runs "sidecar NAME [flags]": it starts the program and waits until it is ready;
 // $NAME_ADMIN is its admin address. "! sidecar" does not wait.
 func (w *world) cmdSidecar(ts *testscript.TestScript, neg bool, args []string) {
 	name := args[0]
@@ -97,13 +97,13 @@ func scrape(admin string) (string, error) {
 	return string(b), err
 }
 
-// signal NAME TERM|KILL|INT|HUP
+// cmdSignal runs "signal NAME TERM|KILL|INT|HUP": it sends the sidecar a signal.
 func (w *world) cmdSignal(ts *testscript.TestScript, _ bool, args []string) {
 	sig := map[string]syscall.Signal{"TERM": syscall.SIGTERM, "KILL": syscall.SIGKILL, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP}[args[1]]
 	ts.Check(w.cars[args[0]].Process.Signal(sig))
 }
 
-// exited NAME CODE: the sidecar ends, with this exit code (-1: by a signal).
+// cmdExited runs "exited NAME CODE": it waits for the sidecar to end with this exit code (-1: by a signal).
 func (w *world) cmdExited(ts *testscript.TestScript, _ bool, args []string) {
 	c := w.cars[args[0]]
 	done := make(chan error, 1)
@@ -119,7 +119,7 @@ func (w *world) cmdExited(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// log NAME REGEXP: the sidecar says so, sooner or later. "! log": it has not.
+// cmdLog runs "log NAME REGEXP": it waits until the log of the sidecar matches. "! log": it must not match now.
 func (w *world) cmdLog(ts *testscript.TestScript, neg bool, args []string) {
 	re, err := regexp.Compile(args[1])
 	ts.Check(err)
@@ -144,7 +144,7 @@ func (w *world) allLogs() string {
 	var b strings.Builder
 	for n, l := range w.logs {
 		said := strings.SplitAfter(l.String(), "\n")
-		calls := 0 // of the access log, the last are enough
+		calls := 0 // the last 200 lines of the access log are enough
 		for i := len(said) - 1; i >= 0; i-- {
 			if strings.Contains(said[i], " source=") && !strings.Contains(said[i], "level=") {
 				if calls++; calls > 200 {
@@ -157,7 +157,7 @@ func (w *world) allLogs() string {
 	return b.String()
 }
 
-// kill-haproxy NAME worker|master
+// cmdKillHAProxy runs "kill-haproxy NAME worker|master": it kills the HAProxy of a sidecar.
 func (w *world) cmdKillHAProxy(ts *testscript.TestScript, _ bool, args []string) {
 	out, err := exec.Command("pgrep", "-f", "--", "-f "+filepath.Join(w.dir, args[0], "haproxy.cfg")).Output()
 	ts.Check(err)
@@ -181,7 +181,7 @@ func (w *world) cmdKillHAProxy(ts *testscript.TestScript, _ bool, args []string)
 	}
 }
 
-// haproxies NAME COUNT: so many HAProxy processes run for this sidecar, sooner or later.
+// cmdHAProxies runs "haproxies NAME COUNT": it waits until the sidecar has COUNT processes of HAProxy.
 func (w *world) cmdHAProxies(ts *testscript.TestScript, _ bool, args []string) {
 	last := ""
 	if err := eventually(patience, func() error {
@@ -195,8 +195,8 @@ func (w *world) cmdHAProxies(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// reloads ADMIN MOST [REASON...]: HAProxy was reloaded at most so often, the start
-// and the named reasons apart.
+// cmdReloads runs "reloads ADMIN MOST [REASON...]": HAProxy must have been reloaded at most
+// MOST times, not counting the start and reloads for a REASON.
 func (w *world) cmdReloads(ts *testscript.TestScript, _ bool, args []string) {
 	res, err := http.Get("http://" + args[0] + "/status.json")
 	ts.Check(err)

@@ -34,8 +34,8 @@ var (
 	soakSeed = flag.Uint64("seed", 0, "what TestSoak draws from; 0 for a new one, which is printed")
 )
 
-// Soak tries to break a small mesh: see testdata/soak. What it does is printed, and
-// -seed does it again in the same order.
+// Soak tries to break a small mesh by random changes and faults: see testdata/soak. It prints
+// each step, and -seed repeats the steps in the same order.
 func Soak(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs Consul and HAProxy")
@@ -50,7 +50,7 @@ func Soak(t *testing.T) {
 	})
 }
 
-// unauthorized counts what reached an application of somebody who is never allowed.
+// unauthorized counts the messages of a caller that is never allowed which have reached an application.
 var unauthorized atomic.Int64
 
 const forbidden = "this must not arrive"
@@ -67,8 +67,8 @@ type soak struct {
 	took map[string]int
 }
 
-// happening is a step: what is done, whether calls may fail while it lasts, and how often
-// it is drawn. When do returns, everything must have converged.
+// happening is a step, drawn as often as its weight says; calls may fail during an excused one. When
+// do returns, everything must have converged, unless the step is excused: then recovered waits for it.
 type happening struct {
 	name    string
 	weight  int
@@ -134,7 +134,7 @@ var happenings = []happening{
 	}},
 	{"token", 2, false, func(s *soak) {
 		s.run("token-revoke", "TOKEN")
-		s.run("fault", "none") // what waits is ended, and refused
+		s.run("fault", "none") // ends the blocking queries; when they are asked again, Consul refuses them
 		s.traffic()
 		s.run("token-restore", "TOKEN")
 		s.scale()
@@ -186,7 +186,7 @@ func (s *soak) note(format string, args ...any) {
 	fmt.Printf("soak: %s > %s\n", time.Now().UTC().Format(time.StampMilli), fmt.Sprintf(format, args...))
 }
 
-// run is a command of the scripts: what is printed can be put into one.
+// run executes a command of the scripts and prints it, so that it can be pasted into a script.
 func (s *soak) run(command string, args ...string) {
 	s.note("%s %s", command, strings.Join(args, " "))
 	s.w.commands[command](s.ts, false, args)
@@ -208,7 +208,7 @@ func (s *soak) scale() {
 	s.size[service], _ = strconv.Atoi(args[1])
 }
 
-// settled: HAProxy has the endpoints that there are.
+// settled waits until HAProxy has the endpoints that are registered.
 func (s *soak) settled() {
 	s.run("endpoints", s.ts.Getenv("WWW_ADMIN"), strconv.Itoa(s.size["api"]+s.size["db"]))
 }
@@ -226,12 +226,12 @@ func (s *soak) traffic() {
 	}
 }
 
-// recovered is what must hold after a fault that calls may have noticed.
+// recovered waits until everything works again after a fault that calls may have noticed, and opens the held session anew.
 func (s *soak) recovered() {
 	s.run("http", "200", "http://127.0.0.1:"+s.ts.Getenv("UP1")+"/")
 	s.run("tcp", "ok", "127.0.0.1:"+s.ts.Getenv("UP2"), "ping", "db ping")
 	s.settled()
-	for name, l := range s.w.loads { // those begun before
+	for name, l := range s.w.loads { // calls that began before may still fail
 		failed, since := l.failed.Load(), l.good.Load()
 		s.eventually("calls of "+name+" go well again", func() error {
 			if now := l.failed.Load(); now != failed {
@@ -247,7 +247,7 @@ func (s *soak) recovered() {
 	s.run("hold", "session", "127.0.0.1:"+s.ts.Getenv("UP2"))
 }
 
-// intrude tries all the while what is never allowed, at each address in turn.
+// intrude sends forbidden to each address in turn, as a caller that is never allowed, until end is closed.
 func (s *soak) intrude(end chan struct{}, tries *atomic.Int64, addrs ...string) {
 	for i := 0; ; i++ {
 		select {
@@ -256,7 +256,7 @@ func (s *soak) intrude(end chan struct{}, tries *atomic.Int64, addrs ...string) 
 		case <-time.After(20 * time.Millisecond):
 		}
 		conf := &tls.Config{InsecureSkipVerify: true}
-		if cert := s.evil.Load(); i%5 != 0 { // nor without any
+		if cert := s.evil.Load(); i%5 != 0 { // every fifth try has no certificate at all
 			conf.Certificates = []tls.Certificate{*cert}
 		}
 		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 2 * time.Second}, "tcp", addrs[i%len(addrs)], conf)
@@ -295,7 +295,7 @@ func (s *soak) usage(name string) (u holdings) {
 	return u
 }
 
-// kept is what keeps the old workers of a sidecar: their sessions.
+// kept describes the sessions that keep the old workers of a sidecar alive.
 func (w *world) kept(name string) string {
 	master := runtimeapi.Socket(filepath.Join(w.dir, name, "sock", "master"))
 	ask := func(command string) string {
@@ -310,7 +310,7 @@ func (w *world) kept(name string) string {
 	return out
 }
 
-// rest brings the mesh to where it began, to compare what is held.
+// rest brings the mesh back to where it began and returns what each sidecar then holds.
 func (s *soak) rest() map[string]holdings {
 	for _, service := range []string{"api", "db"} {
 		s.run("scale", service, "1")
@@ -319,11 +319,11 @@ func (s *soak) rest() map[string]holdings {
 	s.run("register", "api.json", "db.json", "www.json")
 	s.more = false
 	s.settled()
-	_ = s.w.idle["session"].Close() // it keeps the worker that it began in
+	_ = s.w.idle["session"].Close() // an open session keeps its worker alive
 	out := map[string]holdings{}
 	for _, name := range []string{"api", "db", "www"} {
-		// An old worker ends when its own pools have let go: a purge comes every 30 s, and
-		// takes half of what the purge before has found in excess.
+		// An old worker ends when its own pools are empty: every 30 s HAProxy purges half of what the
+		// previous purge found in excess.
 		err := eventually(5*patience, func() error {
 			text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
 			if err == nil && !regexp.MustCompile(`(?m)^haproxy_connect_old_workers 0$`).MatchString(text) {
@@ -343,7 +343,7 @@ func (s *soak) rest() map[string]holdings {
 	return out
 }
 
-// soak: see TestSoak.
+// cmdSoak runs "soak": see Soak.
 func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 	seed := cmp.Or(*soakSeed, uint64(time.Now().UnixNano()))
 	s := &soak{w: w, ts: ts, r: rand.New(rand.NewPCG(seed, 0)), size: map[string]int{"api": 1, "db": 1}, took: map[string]int{}}
@@ -359,7 +359,7 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 	end := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Add(1)
-	addrs := []string{"127.0.0.1:" + ts.Getenv("PUB1"), "127.0.0.1:" + ts.Getenv("PUB2")} // the script's variables are not for two
+	addrs := []string{"127.0.0.1:" + ts.Getenv("PUB1"), "127.0.0.1:" + ts.Getenv("PUB2")} // two goroutines must not share the script's variables
 	go func() { defer wg.Done(); s.intrude(end, &tries, addrs...) }()
 	defer func() { close(end); wg.Wait() }()
 
@@ -419,9 +419,9 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 		w.loads["api"].good.Load(), w.loads["db"].good.Load(), tries.Load(), s.slow.Round(time.Millisecond), before, after)
 }
 
-// chains are config entries of every kind that makes one; each leads to the same services, and
-// to one backend of each, which is what is counted. Another connect timeout of http would be
-// another class of sockets, which stay.
+// chains are bodies of config entries of every kind that shapes a discovery chain, by kind and name.
+// Each leads to the same services and to one backend of each, as settled counts servers. None changes
+// the connect timeout of http: that would be another class of sockets, which stay.
 var chains = map[string][]string{
 	"service-router/api": {
 		`"Routes":[{"Match":{"HTTP":{"PathPrefix":"/","Methods":["POST"]}},"Destination":{"RequestHeaders":{"Set":{"x-token":"posted"}}}},{"Match":{"HTTP":{"PathRegex":"/.*"}},"Destination":{"RequestHeaders":{"Set":{"x-token":"got"}}}}]`,

@@ -33,7 +33,7 @@ var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this ve
 // Update is the flag by which tests write what they get as what they expect.
 var Update = flag.Bool("update", false, "write what the tests get as what they expect")
 
-// Main runs the tests of a package whose program the scripts run.
+// Main runs the tests of the package whose main function is program; scripts run it as haproxy-connect.
 func Main(m *testing.M, program func()) {
 	testscript.Main(m, map[string]func(){"haproxy-connect": program, "relay": relay, "bench-answer": benchAnswer})
 }
@@ -57,9 +57,8 @@ func Measure(t *testing.T) {
 	}
 }
 
-// Scripts runs every script of testdata/scripts on every version of HAProxy,
-// with a Consul of its own, and drives the program as a user does. A script of
-// testdata/usage needs neither.
+// Scripts runs every script of testdata/scripts on every version of HAProxy, each time with a
+// Consul of its own.
 func Scripts(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs Consul and HAProxy")
@@ -90,8 +89,8 @@ func Usage(t *testing.T) {
 // usage is the exit code of arguments that are refused.
 const usage = 2
 
-// bad REGEXP ARGS...: the program refuses these arguments with exit code 2 and one
-// line that matches.
+// cmdBad runs "bad REGEXP ARGS...": the program must refuse these arguments with exit code 2
+// and one line that matches.
 func cmdBad(ts *testscript.TestScript, _ bool, args []string) {
 	var errw bytes.Buffer
 	cmd := exec.Command("haproxy-connect", args[1:]...)
@@ -113,9 +112,9 @@ func cmdBad(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// patience is for a condition to come true on a busy machine. An agent whose first full
-// sync meets a registration tells its servers nothing, of a check that passes for one, for
-// up to 30 s (agent/ae: retryFullSyncState).
+// patience is how long a condition may take to come true on a busy machine. An agent whose
+// first full sync meets a registration may tell its servers nothing, not even that a check
+// passes, for up to 30 s (agent/ae: retryFullSyncState).
 const patience = 40 * time.Second
 
 // world is what one script runs in: a Consul, applications, sidecars.
@@ -136,10 +135,10 @@ type world struct {
 	counts map[string]*atomic.Int64
 	idle   map[string]net.Conn
 	ca     *certs.Authority
-	before *certs.Authority // whose root ca replaced
+	before *certs.Authority // the authority that ca replaced
 
-	serf     int    // the server's port
-	policy   string // its default policy
+	serf     int    // the server's port for Serf on the LAN
+	policy   string // the server's default ACL policy
 	between  *between
 	servers  map[string]string
 	tokens   map[string][2]string
@@ -183,7 +182,7 @@ func (w *world) close() {
 	}
 	for _, c := range w.cars {
 		_ = c.Process.Signal(syscall.SIGINT)
-		_ = c.Process.Signal(syscall.SIGTERM) // the second ends it at once
+		_ = c.Process.Signal(syscall.SIGTERM) // the second signal ends the sidecar at once
 	}
 	for id, c := range w.cars {
 		done := make(chan struct{})
@@ -229,8 +228,8 @@ var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
 	"hold": inWorld((*world).cmdHold), "held": inWorld((*world).cmdHeld), "haproxies": inWorld((*world).cmdHAProxies),
 }
 
-// nextPort hands out ports below those that the kernel gives to connections, each once:
-// a port that was free a moment ago must not be somebody's in the next.
+// nextPort counts the ports that freePort hands out, each once and below those that the kernel
+// gives to connections: a port that was free a moment ago must not be taken a moment later.
 var nextPort atomic.Int32
 
 func freePort() (int, error) {
@@ -259,7 +258,7 @@ func eventually(limit time.Duration, try func() error) error {
 
 func envName(s string) string { return strings.ToUpper(strings.ReplaceAll(s, "-", "_")) }
 
-// port NAME...: sets $NAME to a free port.
+// cmdPort runs "port NAME...": it sets each $NAME to a free port.
 func (w *world) cmdPort(ts *testscript.TestScript, _ bool, args []string) {
 	for _, a := range args {
 		p, err := freePort()
