@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests and the demo need that is not Go: Debian's HAProxy, Redis,
-# Node.js and a browser by apt, HAProxy 3.0 and 3.2 unpacked beside it, and a Consul built
+# Node.js and a browser by apt, HAProxy 3.0, 3.2 and 3.4 unpacked beside it, and a Consul built
 # once from the module in testdata/consul. What is there already is left alone. With the
 # argument bench also what the benchmarks compare with.
 set -euo pipefail
@@ -44,6 +44,7 @@ fi
 
 "$here/haproxy.sh" trixie 3.0 "$cache"
 "$here/haproxy.sh" sid 3.2 "$cache"
+"$here/haproxy.sh" experimental 3.4 "$cache"
 
 consul=$cache/bin/consul-1.21.0
 if ! command -v consul >/dev/null 2>&1 && ! "$consul" version >/dev/null 2>&1; then

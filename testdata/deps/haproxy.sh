@@ -25,14 +25,21 @@ mkdir -p "$root" "$lab/bin" "$apt"/{etc/apt/{apt.conf.d,preferences.d,sources.li
 	printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' "$mirror" "$suite"
 	case $suite in
 	sid | forky) ;;
+	experimental) # it has what is new and nothing else: the rest comes from sid
+		printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s sid main\n' "$mirror"
+		;;
 	*) printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s-security main\n' "${mirror%/debian}/debian-security" "$suite" ;;
 	esac
 } >"$apt/etc/apt/sources.list"
 opts=(-o Dir="$apt" -o Dir::State::status="$apt/var/lib/dpkg/status" -o APT::Architecture="$(dpkg --print-architecture)"
 	-o APT::Sandbox::User=root -o Acquire::Languages=none -o APT::Install-Recommends=false -o Debug::NoLocking=1)
 apt-get "${opts[@]}" -qq update
+package=haproxy
+if [ "$suite" = experimental ]; then # by version: the name of the suite would bring more of it along
+	package=haproxy=$(apt-cache "${opts[@]}" madison haproxy | awk '/experimental/{print $3; exit}')
+fi
 rm -f "$apt"/var/cache/apt/archives/*.deb
-apt-get "${opts[@]}" -qq -y --download-only install haproxy >/dev/null
+apt-get "${opts[@]}" -qq -y --download-only install "$package" >/dev/null
 rm -rf "$root"
 mkdir -p "$root"/usr/{bin,sbin,lib,lib64}
 for d in bin sbin lib lib64; do ln -s "usr/$d" "$root/$d"; done

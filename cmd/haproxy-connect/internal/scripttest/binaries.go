@@ -40,6 +40,7 @@ func Versions(t testing.TB) map[string]string {
 		"2.6": need(t, "haproxy"),
 		"3.0": need(t, filepath.Join(cacheDir(), "bin", "haproxy-3.0")),
 		"3.2": need(t, filepath.Join(cacheDir(), "bin", "haproxy-3.2")),
+		"3.4": need(t, filepath.Join(cacheDir(), "bin", "haproxy-3.4")),
 	}
 }
 

@@ -28,7 +28,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this version of HAProxy only: 2.6, 3.0 or 3.2")
+var onlyHAProxy = flag.String("haproxy-version", "", "run the scripts on this version of HAProxy only: 2.6, 3.0, 3.2 or 3.4")
 
 // Update is the flag by which tests write what they get as what they expect.
 var Update = flag.Bool("update", false, "write what the tests get as what they expect")
