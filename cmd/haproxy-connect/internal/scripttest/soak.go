@@ -272,7 +272,20 @@ func (s *soak) intrude(end chan struct{}, tries *atomic.Int64, addrs ...string) 
 }
 
 // holdings are what one sidecar holds.
-type holdings struct{ goroutines, files, haproxies, kept, memory int }
+type holdings struct {
+	goroutines, files, haproxies, memory int
+	kept                                 paths // what lies in the run directory
+}
+
+// paths are sorted; they print as their number.
+type paths []string
+
+func (p paths) String() string { return strconv.Itoa(len(p)) }
+
+// without returns the paths that are not in b.
+func (p paths) without(b paths) []string {
+	return slices.DeleteFunc(slices.Clone(p), func(path string) bool { _, ok := slices.BinarySearch(b, path); return ok })
+}
 
 func (s *soak) usage(name string) (u holdings) {
 	text, err := scrape(s.ts.Getenv(envName(name) + "_ADMIN"))
@@ -291,7 +304,8 @@ func (s *soak) usage(name string) (u holdings) {
 		list, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 		u.files += len(list)
 	}
-	_ = filepath.WalkDir(filepath.Join(s.w.dir, name), func(string, fs.DirEntry, error) error { u.kept++; return nil })
+	_ = filepath.WalkDir(filepath.Join(s.w.dir, name), func(path string, _ fs.DirEntry, _ error) error { u.kept = append(u.kept, path); return nil })
+	slices.Sort(u.kept)
 	return u
 }
 
@@ -407,8 +421,8 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 		for name, b := range before {
 			a := s.usage(name)
 			after[name] = a
-			if a.goroutines > b.goroutines+10 || a.files > b.files+30 || a.haproxies != b.haproxies || a.kept > b.kept+2 || a.memory > b.memory*3/2+20 {
-				err = fmt.Errorf("%s held %+v, holds %+v", name, b, a)
+			if a.goroutines > b.goroutines+10 || a.files > b.files+30 || a.haproxies != b.haproxies || len(a.kept) > len(b.kept)+2 || a.memory > b.memory*3/2+20 {
+				err = fmt.Errorf("%s held %+v, holds %+v; new files: %s", name, b, a, a.kept.without(b.kept))
 			}
 		}
 		return err
