@@ -26,13 +26,21 @@ func TestParseID(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "east", id.Partition)
 	require.Equal(t, "web.default.east.dc1.internal-v1."+td, id.SNI(""))
+	gateway := MeshGateway(td, "dc1")
+	require.Equal(t, "spiffe://"+td+"/gateway/mesh/dc/dc1", gateway.String())
+	for _, text := range []string{gateway.String(), "spiffe://" + td + "/ap/default/gateway/mesh/dc/dc1"} {
+		id, err = ParseID(text)
+		require.NoError(t, err)
+		require.Equal(t, gateway, id)
+		require.True(t, id.Gateway())
+	}
 	for _, bad := range []string{
 		"", "spiffe://", "spiffe://" + td, "spiffe://" + td + "/", "http://" + td + "/ns/default/dc/dc1/svc/web",
 		"spiffe://" + td + "/ns/default/dc/dc1/svc/", "spiffe://" + td + "/ns/default/dc/dc1/svc/web/", "spiffe://" + td + "/ns/default/dc/dc1/svc/web/x",
 		"spiffe://" + td + "/ns/default/dc/dc1/svc/w%65b", "spiffe://" + td + "/ns/default/dc/dc1/svc/web?x", "spiffe://" + td + "/ns/default/dc/dc1/svc/web#x",
 		"spiffe://user@" + td + "/ns/default/dc/dc1/svc/web", "spiffe://" + td + ":1/ns/default/dc/dc1/svc/web", "SPIFFE://" + td + "/ns/default/dc/dc1/svc/web",
 		"spiffe://" + strings.ToUpper("a"+td) + "/ns/default/dc/dc1/svc/web", "spiffe://" + td + "//ns/default/dc/dc1/svc/web",
-		"spiffe://" + td + "/ns/default/dc/../svc/web", "spiffe://" + td + "/gateway/mesh/dc/dc1", "spiffe://" + td + "/ns/default/dc/dc1/svc/web\n",
+		"spiffe://" + td + "/ns/default/dc/../svc/web", "spiffe://" + td + "/gateway/mesh/dc/", "spiffe://" + td + "/gateway/mesh/dc/dc1/svc/x", "spiffe://" + td + "/gateway/api/dc/dc1", "spiffe://" + td + "/ap//gateway/mesh/dc/dc1", "spiffe://" + td + "/ns/default/dc/dc1/svc/web\n",
 		"spiffe://" + td + "/ns/default/dc/dc1/svc/" + strings.Repeat("x", 3000),
 	} {
 		_, err := ParseID(bad)

@@ -13,21 +13,32 @@ import (
 
 // SPIFFEID is the identity of one service of the mesh,
 // spiffe://<trust domain>[/ap/<partition>]/ns/<namespace>/dc/<datacenter>/svc/<service>,
-// the form of Consul's agent/connect/uri_service.go. The zero value is nobody.
+// or that of the mesh gateways of a datacenter,
+// spiffe://<trust domain>[/ap/<partition>]/gateway/mesh/dc/<datacenter>: the forms of Consul's
+// agent/connect, uri_service.go and uri_mesh_gateway.go. The zero value is nobody.
 type SPIFFEID struct {
 	TrustDomain string
 	Partition   string // "default" when the URI names none
-	Namespace   string
+	Namespace   string // "" of a gateway
 	Datacenter  string
-	Service     string
+	Service     string // "" of a gateway
 }
+
+// MeshGateway is the identity of the mesh gateways of a datacenter.
+func MeshGateway(trustDomain, datacenter string) SPIFFEID {
+	return SPIFFEID{TrustDomain: trustDomain, Partition: "default", Datacenter: datacenter}
+}
+
+// Gateway reports whether the identity is that of mesh gateways, which stand for nobody
+// themselves.
+func (id SPIFFEID) Gateway() bool { return id.Service == "" && id.TrustDomain != "" }
 
 // maxID bounds an ID: RFC-wise a URI has no limit, SPIFFE says 2048 bytes.
 const maxID = 2048
 
-var errNotService = errors.New("not the SPIFFE ID of a Consul service (spiffe://<trust domain>/ns/<namespace>/dc/<datacenter>/svc/<service>)")
+var errNotService = errors.New("not the SPIFFE ID of a Consul service (spiffe://<trust domain>/ns/<namespace>/dc/<datacenter>/svc/<service>) or mesh gateway")
 
-// ParseID reads a service identity. Percent-encoding, empty segments, upper-case
+// ParseID reads the identity of a service or of mesh gateways. Percent-encoding, empty segments, upper-case
 // trust domains and anything that is not the exact form are refused.
 func ParseID(s string) (SPIFFEID, error) {
 	if len(s) > maxID {
@@ -41,6 +52,13 @@ func ParseID(s string) (SPIFFEID, error) {
 	part := strings.Split(strings.TrimPrefix(id.Path(), "/"), "/")
 	if len(part) == 8 && part[0] == "ap" {
 		out.Partition, part = part[1], part[2:]
+	}
+	if len(part) == 6 && part[0] == "ap" && part[2] == "gateway" {
+		out.Partition, part = part[1], part[2:]
+	}
+	if len(part) == 4 && part[0] == "gateway" && part[1] == "mesh" && part[2] == "dc" {
+		out.Datacenter = part[3]
+		return out, nil
 	}
 	if len(part) != 6 || part[0] != "ns" || part[2] != "dc" || part[4] != "svc" {
 		return SPIFFEID{}, fmt.Errorf("SPIFFE ID %q: %w", s, errNotService)
@@ -114,6 +132,9 @@ func (id SPIFFEID) String() string {
 	ap := ""
 	if id.Partition != "" && id.Partition != "default" {
 		ap = "/ap/" + id.Partition
+	}
+	if id.Gateway() {
+		return "spiffe://" + id.TrustDomain + ap + "/gateway/mesh/dc/" + id.Datacenter
 	}
 	return "spiffe://" + id.TrustDomain + ap + "/ns/" + id.Namespace + "/dc/" + id.Datacenter + "/svc/" + id.Service
 }

@@ -15,11 +15,12 @@ type Role int
 const (
 	Public Role = iota + 1 // mutual TLS and intentions: callers of the mesh
 	Open                   // plain on purpose: no TLS, no intentions
+	Relay                  // the mesh, whose connections are passed on by the name that they ask for
 	Local                  // the application, which calls an upstream
 )
 
 // Callers reports whether it is others who connect, and not our own application.
-func (r Role) Callers() bool { return r == Public || r == Open }
+func (r Role) Callers() bool { return r == Public || r == Open || r == Relay }
 
 func (r Role) String() string {
 	switch r {
@@ -27,6 +28,8 @@ func (r Role) String() string {
 		return "public"
 	case Open:
 		return "open"
+	case Relay:
+		return "relay"
 	case Local:
 		return "local"
 	}
@@ -85,6 +88,9 @@ type Branch struct {
 type Match struct {
 	// Port that the caller meant, before its connection was redirected to the listener.
 	Port int
+	// SNI is the name that the caller asks for, in lower case; with "*." before it every
+	// name that ends so.
+	SNI string
 }
 
 // Guard says who we are at a branch, and who may come in.
@@ -155,7 +161,7 @@ func (l *Listener) Warnings() (out []string) {
 	}
 	for _, b := range l.Branches {
 		switch {
-		case !l.Role.Callers() || b.Guard != nil:
+		case !l.Role.Callers() || l.Role == Relay || b.Guard != nil:
 		case l.Role == Public:
 			out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", b.Match.Port, anybody))
 		default:

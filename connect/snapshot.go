@@ -168,7 +168,8 @@ func (s *Snapshot) Warnings() (out []string) {
 // Proxy is the registration itself.
 type Proxy struct {
 	ID          string // of the proxy
-	Service     string // the represented service's name
+	Service     string // the represented service's name; of a gateway its own
+	Kind        string // in words, for people: "" is a sidecar
 	Node        string
 	Namespace   string // "default" in the community edition
 	Partition   string

@@ -11,6 +11,7 @@ type Target struct {
 	Service    string // or the prepared query's name
 	Subset     string // "": the service as a whole
 	Datacenter string
+	Peer       string // "": our own cluster
 	Dial       Dial
 	Endpoints  []Endpoint // healthy ones; sorted by Name
 }
@@ -21,6 +22,7 @@ type Dial struct {
 	IDs    []certs.SPIFFEID // Mesh: whoever answers must be one of these; sorted; none: nobody
 	Bundle BundleName       // Mesh: whoever answers must be certified by it
 	Leaf   LeafName         // Mesh: who we are
+	SNI    string           // Mesh: the name that is asked for, where a gateway reads it; "": none is sent
 }
 
 // How a target is reached. The zero value is Mesh.
@@ -30,11 +32,15 @@ type How int
 const (
 	Mesh How = iota // mutual TLS
 	App             // our own application, plain
+	Pass            // a connection of others, whose TLS is not ours to end
 )
 
 func (h How) String() string {
-	if h == App {
+	switch h {
+	case App:
 		return "app"
+	case Pass:
+		return "pass"
 	}
 	return "mesh"
 }

@@ -227,6 +227,7 @@ var (
 	noPolicy  = Decision{Rule: "none", Reason: "no policy is known yet"}
 	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
 	foreignNS = Decision{Rule: "identity", Reason: "the caller's identity is of a namespace or partition, which the community edition of Consul does not have"}
+	gatewayID = Decision{Rule: "identity", Reason: "the caller is a mesh gateway, which no intention can name"}
 	foreignSN = Decision{Rule: ServerNameRule, Reason: "the caller asked by SNI for another service of the mesh"}
 )
 
@@ -234,6 +235,9 @@ var (
 func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	if p == nil || !p.valid {
 		return -1, noPolicy
+	}
+	if from.Gateway() {
+		return -1, gatewayID
 	}
 	// The community edition signs such identities for whoever may write the service, but
 	// no intention can name them: the default policy would answer for a denied caller.

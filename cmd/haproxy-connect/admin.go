@@ -148,7 +148,7 @@ func (s *sidecar) reasons() []string {
 	} else if !r.proc.Up() {
 		out = append(out, "HAProxy is not running")
 	}
-	if time.Now().After(snap.Leaf().NotAfter) {
+	if leaf := snap.Leaf(); leaf != nil && time.Now().After(leaf.NotAfter) {
 		out = append(out, "the leaf certificate has expired")
 	}
 	return out
@@ -215,6 +215,7 @@ type statusReport struct {
 	Reasons   []string          `json:"reasons,omitempty"`
 	Proxy     string            `json:"proxy,omitempty"`
 	Service   string            `json:"service,omitempty"`
+	Kind      string            `json:"kind,omitempty"` // of a gateway
 	SPIFFEID  string            `json:"spiffe_id,omitempty"`
 	Listen    string            `json:"listen,omitempty"`
 	Protocol  string            `json:"protocol,omitempty"`
@@ -224,6 +225,7 @@ type statusReport struct {
 	Callers   []statusCaller    `json:"callers,omitempty"`
 	Refusals  uint64            `json:"identity_refusals"`
 	Upstreams []statusUpstream  `json:"upstreams"`
+	Relays    []statusRelay     `json:"relays,omitempty"` // of a gateway: which name leads where
 	Feeds     []statusFeed      `json:"consul"`
 	Reloads   map[string]uint64 `json:"reloads"`
 	Last      string            `json:"last_reload,omitempty"`
@@ -265,13 +267,15 @@ func (s *sidecar) status() statusReport {
 	if snap == nil {
 		return out
 	}
-	leaf := snap.Leaf()
-	out.Proxy, out.Service, out.SPIFFEID = snap.Proxy.ID, snap.Proxy.Service, leaf.ID.String()
+	out.Proxy, out.Service, out.Kind = snap.Proxy.ID, snap.Proxy.Service, snap.Proxy.Kind
 	if public := snap.Public(); public != nil {
 		out.Listen, out.Protocol = public.Bind.String(), string(public.Protocol())
 	}
-	out.Leaf = map[string]string{"serial": leaf.Serial, "until": leaf.NotAfter.UTC().Format(time.RFC3339),
-		"left": time.Until(leaf.NotAfter).Round(time.Second).String(), "key": leaf.KeyKind()}
+	if leaf := snap.Leaf(); leaf != nil {
+		out.SPIFFEID = leaf.ID.String()
+		out.Leaf = map[string]string{"serial": leaf.Serial, "until": leaf.NotAfter.UTC().Format(time.RFC3339),
+			"left": time.Until(leaf.NotAfter).Round(time.Second).String(), "key": leaf.KeyKind()}
+	}
 	out.Roots = snap.Roots().Count
 	for _, root := range snap.Roots().List {
 		out.RootList = append(out.RootList, statusRoot{root.Name, root.NotAfter})
@@ -279,6 +283,7 @@ func (s *sidecar) status() statusReport {
 	out.Callers, out.Refusals = s.metrics.list(), r.proc.Refusals()
 	stats := r.endpointStats(ctx)
 	out.Warnings = snap.Warnings()
+	out.Relays = relayStatus(snap, st.Running, stats)
 	for _, l := range snap.Upstreams() {
 		out.Upstreams = append(out.Upstreams, upstreamStatus(snap, l, st.Running, stats))
 	}

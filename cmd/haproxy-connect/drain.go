@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
+	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
@@ -28,7 +30,7 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 		return
 	}
 	snap := s.newest.Load()
-	if snap == nil || snap.Public() == nil {
+	if snap == nil || !slices.ContainsFunc(snap.Listeners, func(l *connect.Listener) bool { return l.Role == connect.Public || l.Role == connect.Relay }) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
@@ -39,7 +41,7 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 			fronts[sec.Name] = true
 		}
 	}
-	if snap.Public().Protocol().IsHTTP() {
+	if public := snap.Public(); public != nil && public.Protocol().IsHTTP() {
 		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
 			return
 		}

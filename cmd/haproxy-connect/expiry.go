@@ -27,6 +27,9 @@ func (s *sidecar) watchExpiry(ctx context.Context) {
 		if snap.Leaf() != leaf {
 			leaf, told = snap.Leaf(), 0
 		}
+		if leaf == nil { // of a gateway that ends no TLS
+			continue
+		}
 		stage := expiryStage(leaf.Remaining(time.Now()))
 		if stage <= told {
 			continue

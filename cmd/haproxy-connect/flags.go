@@ -95,6 +95,7 @@ func newFlags(name string, c *config) *flag.FlagSet {
 	fs.IntVar(&c.registration.Port, "port", 0, "with -register: `port` of the application on 127.0.0.1; 0 for a client only")
 	str(&c.registration.Instance, "register-id", "", "with -register: `ID` that tells this replica from others on the same agent; hostname for this host's name")
 	str(&c.registration.Listen, "listen", "", "with -register: `address:port` of the public listener, or a template such as '{{ GetInterfaceIP \"eth0\" }}:21000' (default: a free port from 21000 on)")
+	gatewayFlags(fs, c)
 	fs.Var((*stringsFlag)(&c.registration.Upstreams), "upstream", "with -register: `name:port` or name:address:port; may be repeated")
 	str(&c.haproxy, "haproxy", "haproxy", "HAProxy binary, a `path` or a name on PATH")
 	str(&c.runDir, "run-dir", "", "`directory` for configuration, keys and sockets (default /run/haproxy-connect/<proxy-id>)")
@@ -121,6 +122,17 @@ func newFlags(name string, c *config) *flag.FlagSet {
 	}
 	fs.Usage = func() {}
 	return fs
+}
+
+// gatewayFlags are those of gateways, as Consul's Envoy command has them.
+func gatewayFlags(fs *flag.FlagSet, c *config) {
+	str := func(p *string, name, def, help string) { fs.StringVar(p, name, def, help) }
+	str(&c.which.Gateway, "gateway", "", "run a gateway of this `kind`: mesh")
+	str(&c.registration.Address, "address", "", "with -gateway and -register: `address:port` for its own datacenter, or a template (default: a private address, port 8443)")
+	str(&c.registration.WAN, "wan-address", "", "with -gateway and -register: `address:port` for other datacenters and peers, or a template")
+	fs.Var((*stringsFlag)(&c.registration.Binds), "bind-address", "with -gateway and -register: `name=address:port` to listen on in place of -address; may be repeated")
+	fs.BoolVar(&c.registration.ExposeServers, "expose-servers", false, "with -gateway mesh and -register: servers of other datacenters reach ours through it (WAN federation)")
+	fs.DurationVar(&c.registration.DeregisterAfter, "deregister-after-critical", 6*time.Hour, "with -gateway and -register: Consul forgets a gateway that was critical for this `duration`")
 }
 
 type noop struct {
@@ -237,11 +249,14 @@ func (c *config) validate() error {
 			n++
 		}
 	}
+	if err := c.gateway(); err != nil {
+		return err
+	}
 	switch {
 	case c.register && n > 0:
 		return usagef("-register and -sidecar-for, -proxy-id or -sidecar-for-tag: give one of them")
-	case !c.register && n == 0:
-		return usagef("No proxy ID specified. One of -proxy-id, -sidecar-for, -sidecar-for-tag or -register is required")
+	case !c.register && n == 0 && c.which.Gateway == "":
+		return usagef("No proxy ID specified. One of -proxy-id, -sidecar-for, -gateway, -sidecar-for-tag or -register is required")
 	case n > 1:
 		return usagef("-proxy-id, -sidecar-for and -sidecar-for-tag: give one of them")
 	}
@@ -250,7 +265,7 @@ func (c *config) validate() error {
 			return usageError{err}
 		}
 		c.which.ProxyID = c.registration.ID()
-	} else if c.registration.Service != "" || c.registration.Port != 0 || c.registration.Instance != "" || c.registration.Listen != "" || len(c.registration.Upstreams) > 0 {
+	} else if c.which.Gateway == "" && c.registration.Service != "" || c.registration.Port != 0 || c.registration.Instance != "" || c.registration.Listen != "" || len(c.registration.Upstreams) > 0 {
 		return usagef("-service, -port, -register-id, -listen and -upstream only go with -register")
 	}
 	switch c.accessLog {
@@ -295,6 +310,30 @@ func (c *config) validate() error {
 		if !filepath.IsAbs(c.runDir) {
 			return usagef("-run-dir %q: want an absolute path", c.runDir)
 		}
+	}
+	return nil
+}
+
+// gateway checks what goes with a gateway alone.
+func (c *config) gateway() error {
+	if c.which.Gateway == "" {
+		if r := &c.registration; r.Address != "" || r.WAN != "" || len(r.Binds) > 0 || r.ExposeServers {
+			return usagef("-address, -wan-address, -bind-address and -expose-servers only go with -gateway")
+		}
+		return nil
+	}
+	if _, known := consul.GatewayKinds[c.which.Gateway]; !known {
+		switch c.which.Gateway {
+		case "api", "terminating", "ingress":
+			return usagef("-gateway %q: not supported yet; want mesh", c.which.Gateway)
+		}
+		return usagef("-gateway %q: Gateway must be one of: api, terminating, mesh, or ingress", c.which.Gateway)
+	}
+	if c.which.SidecarFor != "" || c.which.SidecarForTag != "" {
+		return usagef("-gateway and -sidecar-for: give one of them")
+	}
+	if c.register {
+		c.registration.Gateway = c.which.Gateway
 	}
 	return nil
 }

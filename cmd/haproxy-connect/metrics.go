@@ -215,8 +215,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	if snap == nil {
 		return
 	}
-	gauge(m.leafLeft, time.Until(snap.Leaf().NotAfter).Seconds())
-	gauge(m.leafEnd, float64(snap.Leaf().NotAfter.Unix()))
+	if leaf := snap.Leaf(); leaf != nil {
+		gauge(m.leafLeft, time.Until(leaf.NotAfter).Seconds())
+		gauge(m.leafEnd, float64(leaf.NotAfter.Unix()))
+	}
 	gauge(m.age, time.Since(time.Unix(0, s.heard.Load())).Seconds())
 	seen := map[string]bool{}
 	for _, n := range snap.Notices {

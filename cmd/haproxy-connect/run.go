@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -59,7 +60,7 @@ type running struct {
 	tokens  *jwt.Verifier
 	proc    *process.Process
 	manager *haproxy.Manager
-	dial    *dialer.Dialer // nil unless Go originates
+	dial    *dialer.Dialer
 	revoke  *revocations
 	ejector *haproxy.Ejector
 
@@ -267,11 +268,9 @@ func (s *running) wire(ctx, dataCtx context.Context, data *errgroup.Group, id st
 		Restore:    func() error { return s.restoreDir(dataCtx, data) },
 		SocketPath: socketPath, Reloaded: s.revoke.Wake,
 	}
-	if originator == render.Go {
-		s.dial = dialer.New(s.log, s.own)
-		data.Go(func() error { return s.dial.Run(dataCtx) })
-		conf.Applied = s.dialSlots
-	}
+	s.dial = dialer.New(s.log, s.own)
+	data.Go(func() error { return s.dial.Run(dataCtx) })
+	conf.Applied = s.dialSlots
 	s.manager = haproxy.NewManager(conf)
 	s.source = consul.NewSource(s.client, id, s.log)
 	return nil
@@ -360,8 +359,8 @@ func (s *running) publish(snap *connect.Snapshot) {
 		s.agent.SetPolicy(policy, snap.Generation(version()))
 		s.revoke.Wake()
 	}
-	if s.dial != nil && (old == nil || old.Leaf() != snap.Leaf() || old.Roots() != snap.Roots() || old.Outgoing != snap.Outgoing) {
-		s.dial.SetIdentity(snap.Leaf(), snap.Roots(), dialer.Versions(snap.Outgoing))
+	if old == nil || !maps.Equal(old.Leaves, snap.Leaves) || !maps.Equal(old.Bundles, snap.Bundles) || old.Outgoing != snap.Outgoing {
+		s.dial.SetIdentity(byText(snap.Leaves), byText(snap.Bundles), dialer.Versions(snap.Outgoing))
 	}
 	if len(s.noticed) > 1000 {
 		clear(s.noticed) // said again rather than remembered for ever
@@ -377,7 +376,7 @@ func (s *running) publish(snap *connect.Snapshot) {
 			s.log.Warn(w)
 		}
 	}
-	if leaf := snap.Leaf(); old == nil || old.Leaf() != leaf {
+	if leaf := snap.Leaf(); leaf != nil && (old == nil || old.Leaf() != leaf) {
 		s.log.Info("leaf certificate", "id", leaf.ID, "serial", leaf.Serial, "until", leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	s.manager.Want(snap)
@@ -392,13 +391,25 @@ func (s *running) denied(source string, d intentions.Decision) {
 func (s *running) dialSlots(c *render.Config) error {
 	want := map[string]dialer.Endpoint{}
 	for name, t := range c.Slots {
+		if !t.Class.Go {
+			continue
+		}
 		t.Each(func(value string, n int) {
-			addr, ids := render.ParseSlotValue(value)
+			addr, ids, sni := render.ParseSlotValue(value)
 			want[filepath.Join(s.dir, render.SlotSocket(render.Slot{Class: name, ID: n}))] = dialer.Endpoint{
-				Address: addr, IDs: ids, ALPN: t.Class.ALPN, Timeout: max(t.Class.Timeout, time.Millisecond)}
+				Leaf: string(t.Class.Leaf), Bundle: string(t.Class.Bundle), Address: addr, IDs: ids, SNI: sni, ALPN: t.Class.ALPN, Timeout: max(t.Class.Timeout, time.Millisecond)}
 		})
 	}
 	return s.dial.Set(want)
+}
+
+// byText is a map for who does not know the mesh's types of names.
+func byText[K ~string, V any](in map[K]V) map[string]V {
+	out := make(map[string]V, len(in))
+	for name, v := range in {
+		out[string(name)] = v
+	}
+	return out
 }
 
 // retry waits for Consul with one clear line per kind of trouble.

@@ -378,7 +378,10 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 		fmt.Fprintf(out, "identity %s, leaf left %s\n", s.SPIFFEID, s.Leaf["left"])
 	}
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(w, "\nUPSTREAM\tPROTOCOL\tLISTEN\tENDPOINT\tNODE\tWEIGHT")
+	printRelays(w, &s)
+	if s.Kind == "" {
+		fmt.Fprintln(w, "\nUPSTREAM\tPROTOCOL\tLISTEN\tENDPOINT\tNODE\tWEIGHT")
+	}
 	for _, u := range s.Upstreams {
 		if len(u.Endpoints) == 0 {
 			fmt.Fprintf(w, "%s\t%s\t%s\tnone\t\t\n", u.Name, u.Protocol, label(u.Listen))

@@ -83,9 +83,9 @@ type chainResolver struct {
 }
 
 type chainTarget struct {
-	Service, ServiceSubset, Datacenter, Peer string
-	MeshGateway                              struct{ Mode string }
-	Subset                                   struct {
+	Service, ServiceSubset, Datacenter, Peer, SNI string
+	MeshGateway                                   struct{ Mode string }
+	Subset                                        struct {
 		Filter      string
 		OnlyPassing bool
 	}
@@ -142,10 +142,10 @@ func (s span) within() time.Duration {
 // chain is asked for the compiled discovery chain of an upstream, with what the upstream
 // itself says in the question; the answer is *chain.
 func (c *Client) chain(d *declared) watch {
-	opts := &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc, OverrideProtocol: string(d.protocol), OverrideConnectTimeout: d.connect}
+	opts := &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc, OverrideProtocol: string(d.protocol), OverrideConnectTimeout: d.connect, OverrideMeshGateway: api.MeshGatewayConfig{Mode: d.gateway}}
 	about := "chain\x00" + d.service + "\x00" + d.dc
 	name := "chain of " + destination{service: d.service, dc: d.dc, other: d.other}.said()
-	return watch{key: fmt.Sprintf("%s\x00%s\x00%s", about, d.protocol, d.connect), subject: about, name: name,
+	return watch{key: fmt.Sprintf("%s\x00%s\x00%s\x00%s", about, d.protocol, d.connect, d.gateway), subject: about, name: name,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			var body bytes.Buffer
 			got, meta, err := c.api.DiscoveryChain().Get(d.service, opts, cur.cached(context.WithValue(ctx, bodyKey{}, &body)))

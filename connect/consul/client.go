@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -189,7 +190,13 @@ func checkAddr(addr string) error {
 func (c *Client) Addr() string { return c.addr }
 
 // Selector names the proxy to run: exactly one field is set.
-type Selector struct{ ProxyID, SidecarFor, SidecarForTag string }
+// Gateway is a kind of gateway, in the words of the command line; with a ProxyID it is the
+// kind that the proxy must be of.
+type Selector struct{ ProxyID, SidecarFor, SidecarForTag, Gateway string }
+
+// GatewayKinds are the kinds of gateways that this program can be, by their names on the
+// command line.
+var GatewayKinds = map[string]api.ServiceKind{"mesh": api.ServiceKindMeshGateway}
 
 // ErrNotRegistered: the agent answers, but has no such proxy yet.
 var ErrNotRegistered = errors.New("not registered yet")
@@ -212,10 +219,27 @@ func (c *Client) Lookup(ctx context.Context, w Selector) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("Failed looking up proxy info for %s: %w", w.ProxyID, err)
 		}
-		if s.Kind != api.ServiceKindConnectProxy {
-			return "", fmt.Errorf("service %q is not a Connect proxy: its kind is %q", w.ProxyID, s.Kind)
+		if kinds[s.Kind] == nil {
+			return "", fmt.Errorf("service %q is not a Connect proxy or gateway that is supported: its kind is %q", w.ProxyID, s.Kind)
+		}
+		if w.Gateway != "" && s.Kind != GatewayKinds[w.Gateway] {
+			return "", fmt.Errorf("-gateway %s: service %q is of kind %q", w.Gateway, w.ProxyID, s.Kind)
 		}
 		return w.ProxyID, nil
+	case w.Gateway != "":
+		kind := GatewayKinds[w.Gateway]
+		all, err := c.api.Agent().ServicesWithFilterOpts(fmt.Sprintf("Kind == %q", kind), q)
+		if err != nil {
+			return "", fmt.Errorf("Failed looking up %s proxy info: %w", kind, err)
+		}
+		ids := slices.Sorted(maps.Keys(all))
+		switch len(ids) {
+		case 0:
+			return "", none("No %s services registered with this agent", kind)
+		case 1:
+			return ids[0], nil
+		}
+		return "", fmt.Errorf("Cannot lookup the %s's proxy ID because multiple are registered with the agent: start it with -proxy-id and one of these IDs: %s", kind, strings.Join(ids, ", "))
 	case w.SidecarForTag != "":
 		all, err := c.api.Agent().ServicesWithFilterOpts("", q)
 		if err != nil {

@@ -40,7 +40,11 @@ type compiler struct {
 
 // directly is the chain of a service of which nothing is known.
 func directly(d *declared) *compiled {
-	g := &resolvedGroup{group: connect.Group{Name: d.group, Connect: defaultConnect}, targets: []destination{{service: d.service, dc: d.dc, other: d.other}}}
+	to := destination{service: d.service, dc: d.dc, other: d.other}
+	if d.peer != "" {
+		to = d.peered(d.service, d.peer, d.gateway)
+	}
+	g := &resolvedGroup{group: connect.Group{Name: d.group, Connect: defaultConnect}, targets: []destination{to}}
 	return &compiled{protocol: connect.TCP, routes: connect.Direct(d.group).Routes, groups: []*resolvedGroup{g}}
 }
 
@@ -182,14 +186,8 @@ func (c *compiler) resolve(name string) error {
 			return fmt.Errorf("the chain has no target %q", name)
 		case t == nil:
 			continue
-		case t.Peer != "":
-			c.notice("service-resolver target", t.Service+" of peer "+t.Peer, "cluster peering is not supported; it is left out")
-			continue
 		}
-		if mode := t.MeshGateway.Mode; t.Datacenter != c.own && mode != "" && mode != "none" {
-			c.notice("mesh_gateway.mode", mode, "mesh gateways are not supported; instances in "+t.Datacenter+" are dialled at their WAN address")
-		}
-		d := destination{service: t.Service, dc: t.Datacenter, other: t.Datacenter != c.own, subset: t.ServiceSubset, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing}
+		d := c.destination(t)
 		if !slices.Contains(g.targets, d) {
 			g.targets = append(g.targets, d)
 		}
@@ -200,6 +198,22 @@ func (c *compiler) resolve(name string) error {
 	c.seen[name] = g
 	c.groups = append(c.groups, g)
 	return nil
+}
+
+// destination is whose instances a target means.
+func (c *compiler) destination(t *chainTarget) destination {
+	mode := api.MeshGatewayMode(t.MeshGateway.Mode)
+	if t.Peer != "" {
+		return c.up.peered(t.Service, t.Peer, mode)
+	}
+	d := destination{service: t.Service, dc: t.Datacenter, other: t.Datacenter != c.own, subset: t.ServiceSubset, filter: t.Subset.Filter, onlyPassing: t.Subset.OnlyPassing}
+	if hostName(t.SNI) {
+		d.sni = t.SNI
+	}
+	if d.other && d.sni != "" && (mode == api.MeshGatewayModeLocal || mode == api.MeshGatewayModeRemote) {
+		d.via = string(mode)
+	}
+	return d
 }
 
 // balance reads a load-balancing policy. tcp knows no hash policies, as with Consul's own

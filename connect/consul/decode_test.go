@@ -53,7 +53,7 @@ func TestKeys(t *testing.T) {
 	require.Equal(t, 3, *ups[0].limits.MaxConnections)
 	require.Equal(t, "22s", ups[0].passive.Interval.String())
 	require.Equal(t, 2, ups[0].passive.MaxFailures)
-	require.Len(t, n.Sorted(), 4, "b and c clash, a namespace and a gateway are not honoured: %v", n)
+	require.Len(t, n.Sorted(), 3, "b and c clash, a namespace is not honoured: %v", n)
 }
 
 func TestClientOnly(t *testing.T) {

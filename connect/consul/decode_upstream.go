@@ -21,6 +21,8 @@ type declared struct {
 	service  string // or the prepared query
 	dc       string
 	other    bool   // dc is not ours
+	peer     string // "": our own cluster
+	gateway  api.MeshGatewayMode
 	where    string // for notices
 	bind     connect.Bind
 	protocol connect.Protocol // "": the chain's
@@ -55,19 +57,21 @@ func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*d
 			n.Add(d.where, "destination_name", u.DestinationName, "not a service's name; the upstream is left out")
 			continue
 		}
-		if u.DestinationPeer != "" {
-			n.Add(d.where, "destination_peer", u.DestinationPeer, "cluster peering is not supported; the upstream is left out")
-			continue
+		if d.peer = u.DestinationPeer; d.peer != "" {
+			d.where += " of peer " + d.peer
+			if d.query || d.dc != "" || certs.ServiceName(d.peer) != nil {
+				n.Add(d.where, "destination_peer", d.peer, "want the name of a peer, a service and no datacenter; the upstream is left out")
+				continue
+			}
 		}
 		if d.dc == "" {
 			d.dc = s.Datacenter
 		}
-		gateway := u.MeshGateway.Mode
-		if gateway == api.MeshGatewayModeDefault {
-			gateway = s.Proxy.MeshGateway.Mode
+		if d.gateway = u.MeshGateway.Mode; d.gateway == api.MeshGatewayModeDefault {
+			d.gateway = s.Proxy.MeshGateway.Mode
 		}
-		if d.dc != s.Datacenter && gateway != api.MeshGatewayModeDefault && gateway != api.MeshGatewayModeNone {
-			n.Add(d.where, "mesh_gateway.mode", string(gateway), "mesh gateways are not supported; instances are dialled at their WAN address")
+		if d.query && d.dc != s.Datacenter && d.gateway != api.MeshGatewayModeDefault && d.gateway != api.MeshGatewayModeNone {
+			n.Add(d.where, "mesh_gateway.mode", string(d.gateway), "instances of a prepared query are called at their WAN address")
 		}
 		for key, v := range map[string]string{"destination_namespace": u.DestinationNamespace, "destination_partition": u.DestinationPartition} {
 			if v != "" && v != "default" {
@@ -92,7 +96,11 @@ func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*d
 			name += ".query"
 		}
 		d.name, d.group = name, connect.GroupName(name+".default."+connect.SafeName(d.dc))
-		if d.other {
+		switch {
+		case d.peer != "":
+			d.name += "." + connect.SafeName(d.peer)
+			d.group = connect.GroupName(name + ".default." + connect.SafeName(d.peer) + ".peer")
+		case d.other:
 			d.name += "." + connect.SafeName(d.dc)
 		}
 		for again, first := 2, *d; used[d.name] || used["\x00"+string(d.group)]; again++ {
@@ -104,6 +112,18 @@ func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*d
 	}
 	slices.SortFunc(out, func(a, b *declared) int { return strings.Compare(a.name, b.name) })
 	return out
+}
+
+// peered is a service of a peer. Its gateways are called, but in mode local one of ours.
+func (d *declared) peered(service, peer string, mode api.MeshGatewayMode) destination {
+	to := destination{service: service, peer: peer}
+	if mode == api.MeshGatewayModeDefault {
+		mode = d.gateway
+	}
+	if mode == api.MeshGatewayModeLocal {
+		to.via = viaLocal
+	}
+	return to
 }
 
 func (d *declared) listener(u api.Upstream, n *connect.Notices) bool {

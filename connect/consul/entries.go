@@ -15,8 +15,9 @@ import (
 // meshEntry is what this program reads of the config entry "mesh". The zero value is
 // a mesh without one.
 type meshEntry struct {
-	TLS  *struct{ Incoming, Outgoing *tlsSettings }
-	HTTP *struct {
+	Peering *struct{ PeerThroughMeshGateways bool }
+	TLS     *struct{ Incoming, Outgoing *tlsSettings }
+	HTTP    *struct {
 		SanitizeXForwardedClientCert bool
 		Incoming                     *struct {
 			RequestNormalization *struct {
@@ -38,6 +39,11 @@ var tlsVersions = map[string]string{"": "", "TLS_AUTO": "", "TLSv1_0": "1.0", "T
 var tlsCiphers = []string{
 	"TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA", "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA", "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
 	"TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA", "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256",
+}
+
+// peersThroughGateways reports whether the servers of peers talk through mesh gateways.
+func (m *meshEntry) peersThroughGateways() bool {
+	return m.Peering != nil && m.Peering.PeerThroughMeshGateways
 }
 
 // tls reads the versions and ciphers of both directions. An unknown version becomes the

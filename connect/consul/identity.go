@@ -10,10 +10,7 @@ import (
 // roots is asked for those of our own trust domain; the answer is *certs.Roots.
 func (c *Client) roots() watch {
 	return watch{key: "roots", name: "roots", shapes: never,
-		same: func(a, b any) bool {
-			x, y := a.(*certs.Roots), b.(*certs.Roots)
-			return x.Fingerprint == y.Fingerprint && x.TrustDomain == y.TrustDomain
-		},
+		same: sameRoots,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			list, meta, err := c.api.Agent().ConnectCARoots(cur.options(ctx))
 			if err != nil {

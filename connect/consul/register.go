@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,20 +18,32 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// Registration is a sidecar that registers itself.
+// Registration is a sidecar or a gateway that registers itself.
 type Registration struct {
-	Service   string // the represented service
+	Service   string // the represented service; of a gateway its own name, "" for that of its kind
 	Port      int    // of the application; 0: a client only
 	Instance  string // tells replicas on one agent apart; "" for the only one, "hostname" for this host's name
 	Listen    string // address:port of the public listener; the address may be a go-sockaddr template. "" picks a free port
 	Upstreams []string
+
+	// Of a gateway:
+	Gateway         string   // its kind, see GatewayKinds; "" for a sidecar
+	Address, WAN    string   // addr:port for its own datacenter and for others, perhaps templates of go-sockaddr; "" of Address picks a private one, port 8443
+	Binds           []string // name=addr:port to listen on in place of Address
+	ExposeServers   bool     // servers of other datacenters reach ours through it
+	DeregisterAfter time.Duration
 }
 
 // Ports that Consul itself gives to sidecars.
 const firstPort, lastPort = 21000, 21255
 
-// ID of the sidecar, as Consul names those it makes.
-func (r Registration) ID() string { return r.of() + "-sidecar-proxy" }
+// ID of the sidecar, as Consul names those it makes; a gateway has its own name.
+func (r Registration) ID() string {
+	if r.Gateway != "" {
+		return cmp.Or(r.Service, string(GatewayKinds[r.Gateway]))
+	}
+	return r.of() + "-sidecar-proxy"
+}
 
 // of is the ID of the represented instance.
 func (r Registration) of() string {
@@ -78,6 +91,9 @@ func ParseUpstream(s string) (api.Upstream, error) {
 
 // build makes the registration as Consul takes it. Errors name the flag.
 func (r Registration) build() (*api.AgentServiceRegistration, error) {
+	if r.Gateway != "" {
+		return r.gateway()
+	}
 	reg := &api.AgentServiceRegistration{
 		Kind: api.ServiceKindConnectProxy, ID: r.ID(), Name: r.Service + "-sidecar-proxy",
 		Proxy: &api.AgentServiceConnectProxyConfig{DestinationServiceName: r.Service, DestinationServiceID: r.of(), LocalServicePort: r.Port},
@@ -95,16 +111,66 @@ func (r Registration) build() (*api.AgentServiceRegistration, error) {
 		reg.Proxy.Upstreams = append(reg.Proxy.Upstreams, u)
 	}
 	if r.Listen != "" {
-		listen, err := template.Parse(r.Listen) // as the -address of Consul's Envoy command
+		at, err := listenAddress("-listen", r.Listen)
 		if err != nil {
-			return nil, fmt.Errorf("-listen %q: %s", r.Listen, err)
+			return nil, err
 		}
-		host, p, err := net.SplitHostPort(listen)
-		n, perr := strconv.Atoi(p)
-		if err != nil || perr != nil || !port(n) || host != "" && net.ParseIP(host) == nil {
-			return nil, fmt.Errorf("-listen %q: want address:port or :port%s", r.Listen, meaning(r.Listen, listen))
+		reg.Address, reg.Port = at.Address, at.Port
+	}
+	return reg, nil
+}
+
+// listenAddress reads address:port or :port, perhaps a template, as the -address of Consul's
+// Envoy command is.
+func listenAddress(flag, given string) (at api.ServiceAddress, err error) {
+	text, err := template.Parse(given)
+	if err != nil {
+		return at, fmt.Errorf("%s %q: %s", flag, given, err)
+	}
+	host, p, err := net.SplitHostPort(text)
+	n, perr := strconv.Atoi(p)
+	if err != nil || perr != nil || !port(n) || host != "" && net.ParseIP(host) == nil {
+		return at, fmt.Errorf("%s %q: want address:port or :port%s", flag, given, meaning(given, text))
+	}
+	return api.ServiceAddress{Address: host, Port: n}, nil
+}
+
+// gateway is the registration of a gateway: as Consul's Envoy command makes it, but for the
+// check, which is held up by Beat.
+func (r Registration) gateway() (*api.AgentServiceRegistration, error) {
+	lan, err := listenAddress("-address", cmp.Or(r.Address, "{{ GetPrivateIP }}:8443"))
+	if err != nil {
+		return nil, err
+	}
+	reg := &api.AgentServiceRegistration{
+		Kind: GatewayKinds[r.Gateway], ID: r.ID(), Name: r.ID(), Address: lan.Address, Port: lan.Port,
+		TaggedAddresses: map[string]api.ServiceAddress{"lan": lan}, Proxy: &api.AgentServiceConnectProxyConfig{Config: map[string]any{}},
+		Check: &api.AgentServiceCheck{CheckID: r.check(), Name: "haproxy-connect is ready", TTL: "30s", Status: api.HealthCritical},
+	}
+	if r.DeregisterAfter > 0 {
+		reg.Check.DeregisterCriticalServiceAfter = r.DeregisterAfter.String()
+	}
+	if r.WAN != "" {
+		wan, err := listenAddress("-wan-address", r.WAN)
+		if err != nil {
+			return nil, err
 		}
-		reg.Address, reg.Port = host, n
+		reg.TaggedAddresses["wan"] = wan
+	}
+	binds := map[string]any{}
+	for _, text := range r.Binds {
+		name, at, found := strings.Cut(text, "=")
+		one, err := listenAddress("-bind-address", at)
+		if !found || name == "" || err != nil {
+			return nil, fmt.Errorf("-bind-address %q: want name=address:port", text)
+		}
+		binds[name] = map[string]any{"Address": one.Address, "Port": one.Port}
+	}
+	if len(binds) > 0 {
+		reg.Proxy.Config["envoy_gateway_bind_addresses"], reg.Proxy.Config["envoy_gateway_no_default_bind"] = binds, true
+	}
+	if r.ExposeServers {
+		reg.Meta = map[string]string{"consul-wan-federation": "1"}
 	}
 	return reg, nil
 }
@@ -118,6 +184,10 @@ func meaning(given, got string) string {
 
 // Validate reports the first thing wrong with a registration.
 func (r Registration) Validate() error {
+	if r.Gateway != "" {
+		_, err := r.build()
+		return err
+	}
 	if r.Service == "" {
 		return errors.New("-register needs -service NAME")
 	}

@@ -141,9 +141,23 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	}
 	k.nouns = now
 	snap = &connect.Snapshot{Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
-		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: roots}}
+		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: k.bundles(st, roots)}
 	now.into(snap)
 	return snap, slow
+}
+
+// bundles are our own roots and those of every peer that is called. A peer whose roots are not
+// known is called by nobody.
+func (k *sidecar) bundles(st *state, own *certs.Roots) map[connect.BundleName]*certs.Roots {
+	out := map[connect.BundleName]*certs.Roots{connect.OwnBundle: own}
+	for _, u := range k.upstreams {
+		u.peers(func(peer string) {
+			if roots, ok := heard[*certs.Roots](st, k.client.bundle(peer).key); ok {
+				out[bundleOf(peer)] = roots
+			}
+		})
+	}
+	return out
 }
 
 // decides is the policy of what was heard: the same one as long as that is the same.

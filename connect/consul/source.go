@@ -27,7 +27,10 @@ type kind interface {
 }
 
 // kinds are the kinds of proxy that this program can be.
-var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{api.ServiceKindConnectProxy: newSidecar}
+var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{
+	api.ServiceKindConnectProxy: newSidecar,
+	api.ServiceKindMeshGateway:  newMeshGateway,
+}
 
 // Source follows one proxy. Make it with NewSource.
 type Source struct {
@@ -144,11 +147,13 @@ func (c *Client) registration(id string) watch {
 			if err != nil {
 				return nil, err
 			}
-			if kinds[r.Kind] == nil || r.Proxy == nil {
-				return nil, fmt.Errorf("service %q is of kind %q, not a Connect proxy", id, r.Kind)
+			if kinds[r.Kind] == nil || r.Proxy == nil && r.Kind == api.ServiceKindConnectProxy {
+				return nil, fmt.Errorf("service %q is of kind %q: service is not a Connect proxy or gateway that is supported", id, r.Kind)
 			}
-			if err := certs.ServiceName(r.Proxy.DestinationServiceName); err != nil {
-				return nil, nameError{err}
+			if r.Kind == api.ServiceKindConnectProxy {
+				if err := certs.ServiceName(r.Proxy.DestinationServiceName); err != nil {
+					return nil, nameError{err}
+				}
 			}
 			cur.advance(meta)
 			cur.index = 0 // this endpoint blocks on the hash alone

@@ -24,13 +24,32 @@ type destination struct {
 	subset      string // "": the service as a whole
 	filter      string // of the subset
 	onlyPassing bool
+	peer        string // "": our own cluster
+	via         string // viaLocal, viaRemote; "": the instances themselves are called
+	sni         string // by which gateways know it
+}
+
+// ids are who may answer for it, without the trust domain.
+func (d destination) ids() []certs.SPIFFEID { return []certs.SPIFFEID{id(d.service, d.dc)} }
+
+// directly is the destination without gateways on the way: whose health counts.
+func (d destination) directly() destination {
+	d.via, d.sni = "", ""
+	return d
 }
 
 // name of the target that a destination is.
 func (d destination) name() connect.TargetName {
-	name := connect.SafeName(d.service) + ".default." + connect.SafeName(d.dc)
+	place := connect.SafeName(d.dc)
+	if d.peer != "" {
+		place = connect.SafeName(d.peer) + ".peer"
+	}
+	name := connect.SafeName(d.service) + ".default." + place
 	if d.subset != "" {
 		name = connect.SafeName(d.subset) + "." + name
+	}
+	if d.via != "" {
+		name += ".via." + d.via
 	}
 	return connect.TargetName(name)
 }
@@ -44,15 +63,21 @@ func (d destination) said() string {
 	if d.other {
 		name += " in " + d.dc
 	}
+	if d.peer != "" {
+		name += " of peer " + d.peer
+	}
 	return name
 }
 
 // instances is the answer of who may be called.
 type instances struct {
 	dc        string
-	ids       []certs.SPIFFEID   // without trust domain: the roots may arrive later than this; sorted
+	ids       []certs.SPIFFEID   // without trust domain if it is ours: the roots may arrive later than this; sorted
 	endpoints []connect.Endpoint // perhaps with host names in place of addresses
 	hosts     bool               // with some, at least
+	behind    bool               // a terminating gateway answers for the service
+	sni       string             // by which a gateway knows it
+	protocol  connect.Protocol   // of a peer's service, as the peer says
 }
 
 // found completes an answer by the endpoints in it.
@@ -74,7 +99,7 @@ func id(service, dc string) certs.SPIFFEID {
 // endpoints is asked for the instances of a destination.
 func (c *Client) endpoints(d destination) watch {
 	about := "endpoints\x00" + d.service + "\x00" + d.dc + "\x00" + d.subset
-	return watch{key: fmt.Sprintf("%s\x00%s\x00%t", about, d.filter, d.onlyPassing), subject: about, name: "endpoints of " + d.said(), void: noInstances, shapes: namedInstances,
+	return watch{key: fmt.Sprintf("%s\x00%s\x00%t\x00%s", about, d.filter, d.onlyPassing, d.sni), subject: about, name: "endpoints of " + d.said(), void: noInstances, shapes: namedInstances,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			q := cur.cached(ctx)
 			q.Filter = d.filter
@@ -86,8 +111,17 @@ func (c *Client) endpoints(d destination) watch {
 			}
 			cur.advance(meta)
 			cur.pause = time.Duration(len(list)) * pauseEach
-			return instances{dc: d.dc, ids: []certs.SPIFFEID{id(d.service, d.dc)}}.found(endpoints(list, d.other, d.onlyPassing)), nil
+			out := instances{dc: d.dc, ids: d.ids(), behind: slices.ContainsFunc(list, terminating)}
+			if out.behind {
+				out.sni = d.sni
+			}
+			return out.found(endpoints(list, d.other, d.onlyPassing)), nil
 		}}
+}
+
+// terminating reports whether an instance is a gateway to a service outside the mesh.
+func terminating(e *api.ServiceEntry) bool {
+	return e != nil && e.Service != nil && e.Service.Kind == api.ServiceKindTerminatingGateway
 }
 
 // query is asked by executing a prepared query, every so often. dc is where it is evaluated,

@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -35,7 +36,7 @@ type made struct {
 type aim struct {
 	name  connect.TargetName
 	of    destination
-	asked watch
+	asked []watch // for its instances, and what else is about it
 
 	turn   uint64 // that noun was made in
 	domain string
@@ -45,9 +46,12 @@ type aim struct {
 // newUpstream begins as if the chain were the default one.
 func newUpstream(c *Client, d *declared, own string) *upstream {
 	u := &upstream{declared: d, client: c, own: own}
-	if d.query {
+	switch {
+	case d.query:
 		u.asked = c.query(d, own)
-	} else {
+	case d.peer != "":
+		u.asked = c.peered(destination{service: d.service, peer: d.peer})
+	default:
 		u.asked = c.chain(d)
 	}
 	u.made = u.make(directly(d))
@@ -59,7 +63,7 @@ func newUpstream(c *Client, d *declared, own string) *upstream {
 func (u *upstream) make(c *compiled) *made {
 	m := &made{notices: c.notices}
 	protocol, idle := c.protocol, u.idle
-	if u.protocol != "" {
+	if u.protocol != "" && u.peer == "" { // what a peer says of its own service counts
 		protocol = u.protocol
 	}
 	if idle == 0 {
@@ -99,13 +103,38 @@ func (u *upstream) aim(m *made, to destination) *aim {
 		}
 	}
 	one := &aim{name: to.name(), of: to}
-	if u.query {
-		one.name, one.asked = connect.TargetName(u.group), u.asked
-	} else {
-		one.asked = u.client.endpoints(to)
+	switch {
+	case u.query:
+		one.name, one.asked = connect.TargetName(u.group), []watch{u.asked}
+	case to.peer != "":
+		one.asked = []watch{u.client.peered(to), u.client.bundle(to.peer)}
+		if to.via != "" {
+			one.asked = append(one.asked, u.client.meshGateways())
+		}
+	case to.via != "":
+		one.asked = []watch{u.client.endpoints(to.directly()), u.client.meshGateways()}
+	default:
+		one.asked = []watch{u.client.endpoints(to)}
 	}
 	m.aims = append(m.aims, one)
 	return one
+}
+
+// instances are who may be called; false: nothing was heard yet.
+func (a *aim) instances(st *state, own string) (instances, bool) {
+	if a.of.via == "" {
+		return heard[instances](st, a.asked[0].key)
+	}
+	g, known := heard[gateways](st, a.asked[len(a.asked)-1].key)
+	out := g.through(a.of, own)
+	behind, named := heard[instances](st, a.asked[0].key)
+	if a.of.peer != "" {
+		out.ids, out.sni, known = behind.ids, behind.sni, known && named
+	}
+	if named && len(behind.endpoints) == 0 {
+		out.endpoints = nil // gateways of a service without a healthy instance lead nowhere
+	}
+	return out, known
 }
 
 // targetGrace bounds how long an upstream keeps its old targets while of one of the new
@@ -118,11 +147,10 @@ const targetGrace = 5 * time.Second
 func (u *upstream) follow(st *state) {
 	if turn := st.turnOf(u.asked.key); !u.query && turn != u.turn {
 		u.turn = turn
-		c, _ := heard[*chain](st, u.asked.key)
-		switch compiled, err := u.compile(c, u.own); {
+		switch compiled, err := u.read(st); {
 		case err != nil:
 			u.broken = err.Error()
-		default:
+		case compiled != nil:
 			u.next, u.since, u.broken = u.make(compiled), time.Now(), ""
 		}
 	}
@@ -137,9 +165,29 @@ func (u *upstream) follow(st *state) {
 	st.shaped = true // what was in force is not asked for any more
 }
 
+// read is what the chain says now. Of a peer's service only the protocol is known; nil: it is
+// as it was.
+func (u *upstream) read(st *state) (*compiled, error) {
+	if u.peer == "" {
+		c, _ := heard[*chain](st, u.asked.key)
+		return u.compile(c, u.own)
+	}
+	list, _ := heard[instances](st, u.asked.key)
+	if !u.made.assumed && (list.protocol == "" || list.protocol == u.made.listener.Protocol()) {
+		return nil, nil
+	}
+	c := directly(u.declared)
+	if list.protocol != "" {
+		c.protocol = list.protocol
+	}
+	return c, nil
+}
+
 // heard reports whether something was heard of every target.
 func (m *made) heard(st *state) bool {
-	return !slices.ContainsFunc(m.aims, func(a *aim) bool { return st.turnOf(a.asked.key) == 0 })
+	return !slices.ContainsFunc(m.aims, func(a *aim) bool {
+		return slices.ContainsFunc(a.asked, func(w watch) bool { return st.turnOf(w.key) == 0 })
+	})
 }
 
 func (u *upstream) wants(st *state) []watch {
@@ -151,9 +199,9 @@ func (u *upstream) wants(st *state) []watch {
 		}
 		for _, a := range m.aims {
 			if !u.query {
-				out = append(out, a.asked)
+				out = append(out, a.asked...)
 			}
-			if list, ok := heard[instances](st, a.asked.key); ok && list.hosts {
+			if list, ok := a.instances(st, u.own); ok && list.hosts {
 				out = append(out, addresses(list)...)
 			}
 		}
@@ -180,18 +228,33 @@ func (u *upstream) add(st *state, to *nouns, domain string) bool {
 		m.groups[i] = to.group(g)
 	}
 	for _, a := range m.aims {
-		a.add(st, to, domain)
+		a.add(st, to, domain, u.own)
 	}
 	return !m.assumed && m.heard(st)
 }
 
-func (a *aim) add(st *state, to *nouns, domain string) {
-	turn := st.turnOf(a.asked.key)
-	if list, _ := heard[instances](st, a.asked.key); a.noun == nil || a.turn != turn || a.domain != domain || list.hosts {
-		a.noun = &connect.Target{Name: a.name, Service: a.of.service, Subset: a.of.subset, Datacenter: list.dc, Endpoints: st.addressed(list.endpoints),
-			Dial: connect.Dial{Bundle: connect.OwnBundle, Leaf: connect.OwnLeaf}}
+// peers are those whose roots an upstream needs.
+func (u *upstream) peers(visit func(peer string)) {
+	for _, a := range u.made.aims {
+		if a.of.peer != "" {
+			visit(a.of.peer)
+		}
+	}
+}
+
+func (a *aim) add(st *state, to *nouns, domain, own string) {
+	turn := uint64(0)
+	for i := range a.asked {
+		turn = max(turn, st.turnOf(a.asked[i].key))
+	}
+	if list, _ := a.instances(st, own); a.noun == nil || a.turn != turn || a.domain != domain || list.hosts {
+		a.noun = &connect.Target{Name: a.name, Service: a.of.service, Subset: a.of.subset, Datacenter: list.dc, Peer: a.of.peer, Endpoints: st.addressed(list.endpoints),
+			Dial: connect.Dial{Bundle: connect.OwnBundle, Leaf: connect.OwnLeaf, SNI: list.sni}}
+		if a.of.peer != "" {
+			a.noun.Dial.Bundle = bundleOf(a.of.peer)
+		}
 		for _, id := range list.ids {
-			id.TrustDomain = domain
+			id.TrustDomain = cmp.Or(id.TrustDomain, domain)
 			a.noun.Dial.IDs = append(a.noun.Dial.IDs, id)
 		}
 		a.turn, a.domain = turn, domain

@@ -27,17 +27,19 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// Endpoint is where the bytes of one socket go.
+// Endpoint is where the bytes of one socket go. Leaf and Bundle are names of those that
+// SetIdentity was given.
 type Endpoint struct {
-	Address string   // host:port
-	IDs     []string // SPIFFE IDs of which the server must have one
-	ALPN    string   // "" offers none
-	SNI     string   // "" sends none
-	Timeout time.Duration
+	Leaf, Bundle string
+	Address      string   // host:port
+	IDs          []string // SPIFFE IDs of which the server must have one
+	ALPN         string   // "" offers none
+	SNI          string   // "" sends none
+	Timeout      time.Duration
 }
 
 func (e Endpoint) equal(o Endpoint) bool {
-	return e.Address == o.Address && e.ALPN == o.ALPN && e.SNI == o.SNI && e.Timeout == o.Timeout && slices.Equal(e.IDs, o.IDs)
+	return e.Leaf == o.Leaf && e.Bundle == o.Bundle && e.Address == o.Address && e.ALPN == o.ALPN && e.SNI == o.SNI && e.Timeout == o.Timeout && slices.Equal(e.IDs, o.IDs)
 }
 
 // Dialer serves sockets. The zero value is not usable; see New.
@@ -54,8 +56,8 @@ type Dialer struct {
 }
 
 type identity struct {
-	leaf     tls.Certificate
-	roots    *x509.CertPool
+	leaves   map[string]tls.Certificate
+	bundles  map[string]*x509.CertPool
 	min, max uint16
 	ciphers  []uint16
 }
@@ -74,10 +76,16 @@ func New(log *slog.Logger, own func(path string) error) *Dialer {
 // registry, with commas) may be used. The zero value is TLS 1.2 at least.
 type Versions struct{ Min, Max, Ciphers string }
 
-// SetIdentity swaps leaf, roots and versions; connections made from now on use them.
-func (d *Dialer) SetIdentity(leaf *certs.Leaf, roots *certs.Roots, v Versions) {
+// SetIdentity swaps leaves, bundles and versions; connections made from now on use them.
+func (d *Dialer) SetIdentity(leaves map[string]*certs.Leaf, bundles map[string]*certs.Roots, v Versions) {
 	numbers := map[string]uint16{"1.0": tls.VersionTLS10, "1.1": tls.VersionTLS11, "1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13}
-	id := &identity{leaf: leaf.TLS(), roots: roots.Pool(), min: cmp.Or(numbers[v.Min], tls.VersionTLS12), max: numbers[v.Max]}
+	id := &identity{leaves: map[string]tls.Certificate{}, bundles: map[string]*x509.CertPool{}, min: cmp.Or(numbers[v.Min], tls.VersionTLS12), max: numbers[v.Max]}
+	for name, leaf := range leaves {
+		id.leaves[name] = leaf.TLS()
+	}
+	for name, roots := range bundles {
+		id.bundles[name] = roots.Pool()
+	}
 	for _, c := range tls.CipherSuites() {
 		if slices.Contains(strings.Split(v.Ciphers, ","), c.Name) {
 			id.ciphers = append(id.ciphers, c.ID)
@@ -224,15 +232,19 @@ func (d *Dialer) dial(ctx context.Context, e Endpoint) (*tls.Conn, error) {
 	if id == nil {
 		return nil, errors.New("no identity yet")
 	}
+	leaf, roots := id.leaves[e.Leaf], id.bundles[e.Bundle]
+	if roots == nil || len(leaf.Certificate) == 0 {
+		return nil, fmt.Errorf("no leaf %q or no roots %q yet", e.Leaf, e.Bundle)
+	}
 	ctx, cancel := context.WithTimeout(ctx, e.Timeout)
 	defer cancel()
 	conf := &tls.Config{
-		Certificates: []tls.Certificate{id.leaf}, MinVersion: id.min, MaxVersion: id.max, CipherSuites: id.ciphers, ServerName: e.SNI,
+		Certificates: []tls.Certificate{leaf}, MinVersion: id.min, MaxVersion: id.max, CipherSuites: id.ciphers, ServerName: e.SNI,
 		// The name is in a URI, which crypto/tls does not compare: VerifyConnection
 		// does all of it, also for resumed sessions (of which there are none).
 		InsecureSkipVerify:     true,
 		SessionTicketsDisabled: true,
-		VerifyConnection:       func(cs tls.ConnectionState) error { return verify(cs, id.roots, e.IDs) },
+		VerifyConnection:       func(cs tls.ConnectionState) error { return verify(cs, roots, e.IDs) },
 	}
 	if e.ALPN != "" {
 		conf.NextProtos = []string{e.ALPN}

@@ -54,7 +54,9 @@ func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	d := New(slog.New(slog.DiscardHandler), nil)
-	d.SetIdentity(leaf, roots, Versions{Min: "1.3"})
+	theirs, err := foreign.Roots()
+	require.NoError(t, err)
+	d.SetIdentity(map[string]*certs.Leaf{"leaf": leaf}, map[string]*certs.Roots{"roots": roots, "theirs": theirs}, Versions{Min: "1.3"})
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()
 	defer func() {
@@ -71,7 +73,12 @@ func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 		}
 		addr, read := server(t, ca, service)
 		heard[name] = read
-		want[filepath.Join(dir, name)] = Endpoint{Address: addr, IDs: []string{ca.ID("api").String()}, Timeout: 5 * time.Second}
+		want[filepath.Join(dir, name)] = Endpoint{Leaf: "leaf", Bundle: "roots", Address: addr, IDs: []string{ca.ID("api").String()}, Timeout: 5 * time.Second}
+		if name == "foreign" {
+			peer, nobody := want[filepath.Join(dir, name)], want[filepath.Join(dir, name)]
+			peer.Bundle, nobody.Bundle = "theirs", "unknown"
+			want[filepath.Join(dir, "peer")], want[filepath.Join(dir, "nobody")] = peer, nobody
+		}
 	}
 	require.NoError(t, d.Set(want))
 	call := func(name string) string {
@@ -87,8 +94,10 @@ func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 	require.Equal(t, "secret", call("api"))
 	require.Empty(t, call("other"))
 	require.Empty(t, call("foreign"))
+	require.Empty(t, call("nobody"))
 	require.Zero(t, heard["other"].Load())
 	require.Zero(t, heard["foreign"].Load())
+	require.Equal(t, "secret", call("peer"), "each endpoint has the roots of its own trust domain")
 	// A socket that stands for nothing any more is not listened on.
 	require.NoError(t, d.Set(map[string]Endpoint{filepath.Join(dir, "api"): want[filepath.Join(dir, "api")]}))
 	_, err = net.Dial("unix", filepath.Join(dir, "other"))

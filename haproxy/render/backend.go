@@ -149,6 +149,9 @@ func (f *file) mesh(b *builder, p *pool) error {
 			return fmt.Errorf("expected identity: %w", err)
 		}
 	}
+	if t.Dial.SNI != "" {
+		b.check("server name", t.Dial.SNI)
+	}
 	for i := range t.Endpoints {
 		e := &t.Endpoints[i]
 		b.check("endpoint", e.Name)
@@ -161,14 +164,14 @@ func (f *file) mesh(b *builder, p *pool) error {
 	}
 	b.add("timeout connect %s", ms(g.Connect)).add("timeout server %s", ms(g.Idle))
 	balance(b, &g.Balance)
-	switch class := classOf(g, t); {
+	switch class := f.classOf(g, t); {
 	case http:
 		f.requestsTo(b, p)
 		p.class = &class
-	case f.Originator == Lua:
-		guard(b, idList(t.Dial.IDs))
-	default:
+	case class.Go:
 		p.class = &class
+	default:
+		guard(b, idList(t.Dial.IDs))
 	}
 	if p.class != nil {
 		for i := range t.Endpoints {

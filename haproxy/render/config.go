@@ -86,7 +86,9 @@ type Config struct {
 	Bundles map[string]*certs.Roots
 
 	Slots map[string]*SlotTable // by the name of the class
-	Dir   string
+	// Relays is which backend of a relay is whose; nil: there is no relay.
+	Relays *RelayTable
+	Dir    string
 	// Verified names the roots that pooled connections were verified by: when one is
 	// removed, every server of an HTTP upstream gets a new name, and the old ones go
 	// with their pools. "" at the start.

@@ -26,9 +26,11 @@ func (o *Options) tlsOptions(c Class) string {
 	return s
 }
 
-// classOf is what the connectors of a target must be.
-func classOf(g *connect.Group, t *connect.Target) Class {
+// classOf is what the connectors of a target must be. A server that must be told a name is the
+// Go originator's: HAProxy would look for that name in a certificate that has none.
+func (o *Options) classOf(g *connect.Group, t *connect.Target) Class {
 	c := Class{Timeout: g.Connect.Truncate(time.Millisecond), Leaf: t.Dial.Leaf, Bundle: t.Dial.Bundle}
+	c.Go = o.Originator == Go || t.Dial.SNI != "" || t.Dial.Bundle != connect.OwnBundle
 	switch {
 	case g.Protocol.IsHTTP2():
 		c.ALPN = "h2"
@@ -38,18 +40,29 @@ func classOf(g *connect.Group, t *connect.Target) Class {
 	return c
 }
 
-// slotValue is what a connector must know of an endpoint: where, and who.
+// sniMark begins the part of a slot's value that is no identity but the server's name.
+const sniMark = "sni:"
+
+// slotValue is what a connector must know of an endpoint: where, who, and by which name.
 func slotValue(t *connect.Target, e *connect.Endpoint) string {
-	return e.Address + "|" + strconv.Itoa(e.Port) + lua.SpiffeIDsMark + strings.ReplaceAll(idList(t.Dial.IDs), " ", lua.SpiffeIDsMark)
+	v := e.Address + "|" + strconv.Itoa(e.Port) + lua.SpiffeIDsMark + strings.ReplaceAll(idList(t.Dial.IDs), " ", lua.SpiffeIDsMark)
+	if t.Dial.SNI != "" {
+		v += "|" + sniMark + t.Dial.SNI
+	}
+	return v
 }
 
 // ParseSlotValue takes apart what slotValue made.
-func ParseSlotValue(v string) (addr string, ids []string) {
+func ParseSlotValue(v string) (addr string, ids []string, sni string) {
 	part := strings.Split(v, "|")
 	if len(part) < 3 {
-		return "", nil
+		return "", nil, ""
 	}
-	return net.JoinHostPort(part[0], part[1]), part[2:]
+	ids = part[2:]
+	if name, ok := strings.CutPrefix(ids[len(ids)-1], sniMark); ok {
+		ids, sni = ids[:len(ids)-1], name
+	}
+	return net.JoinHostPort(part[0], part[1]), ids, sni
 }
 
 // connector is hop 2 of a class: from the socket of a slot to mutual TLS with the

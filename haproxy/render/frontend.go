@@ -33,6 +33,10 @@ func (f *file) callers(l *connect.Listener) (out []*Section) {
 		add(f.open(l), "WARNING: "+l.Opened+", no TLS and no intentions")
 		return out
 	}
+	if l.Role == connect.Relay {
+		add(f.relay(l), "connections of the mesh, passed on by the name that they ask for")
+		return out
+	}
 	f.Files[SPOEFile] = f.spoe(l)
 	add(f.public(l), "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
 	if plain := plainBranch(l); plain != nil {

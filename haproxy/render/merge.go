@@ -46,23 +46,42 @@ func Merge(running, want *Config) *Config {
 	out.Sections = make([]*Section, len(running.Sections))
 	for i, s := range running.Sections {
 		out.Sections[i] = s
-		if w := wanted[s.ID]; w != nil && s.Target != "" && w.Head == s.Head && w.class == s.class && same[w.class] {
+		if w := wanted[s.ID]; w != nil && s.Target+w.Target != "" && w.Head == s.Head && w.class == s.class && same[w.class] {
 			out.Sections[i] = w
 		}
 	}
 	return &out
 }
 
-// carried is a map of routes as it is wanted, but for what HAProxy cannot be told yet: an
-// entry of what runs stays until the reload, and one that leads to a backend that does not
-// run keeps what it says.
+// carried is a map of backends as it is wanted, but for what HAProxy cannot be told yet: one
+// that leads to a backend that does not run keeps what it says. An entry of routes stays until
+// the reload, as long as they do.
 func carried(running *Config, now, next *LiveMap) *LiveMap {
-	if now == nil || !now.Routes {
+	if now == nil || !now.Routes && !now.Backends {
 		return next
 	}
 	runs := make(map[string]bool, len(running.Sections))
 	for _, s := range running.Sections {
 		runs[s.Name] = runs[s.Name] || s.Kind == Backend
+	}
+	led := func(v string) bool {
+		return !slices.ContainsFunc(strings.Split(v, "|"), func(name string) bool { return !runs[name] })
+	}
+	if !now.Routes {
+		was := make(map[string]string, len(now.Entries))
+		for _, e := range now.Entries {
+			was[e.Key] = e.Value
+		}
+		out := &LiveMap{Read: now.Read, Backends: true}
+		for _, e := range next.Entries {
+			if !led(e.Value) {
+				e.Value = was[e.Key]
+			}
+			if e.Value != "" {
+				out.Entries = append(out.Entries, e)
+			}
+		}
+		return out
 	}
 	wanted := make(map[string]string, len(next.Entries))
 	for _, e := range next.Entries {
@@ -72,7 +91,7 @@ func carried(running *Config, now, next *LiveMap) *LiveMap {
 	for i := range out.Entries {
 		e := &out.Entries[i]
 		v, ok := wanted[e.Key]
-		if ok && !(now.Backends && slices.ContainsFunc(strings.Split(v, "|"), func(name string) bool { return !runs[name] })) {
+		if ok && (!now.Backends || led(v)) {
 			e.Value = v
 		}
 	}

@@ -69,8 +69,10 @@ const (
 	SPOEFile     = "spoe.cfg"
 	LeafList     = "tls/leaf.list"
 	PolicyMap    = "maps/policy.map"
-	LegsMap      = "maps/legs.map" // where the splits of a route end
-	WaysMap      = "maps/ways.map" // the backends of a split, in failover order
+	LegsMap      = "maps/legs.map"    // where the splits of a route end
+	WaysMap      = "maps/ways.map"    // the backends of a split, in failover order
+	NamesMap     = "maps/names.map"   // of relays: backends by the name that is asked for
+	EndingsMap   = "maps/endings.map" // and by its ending
 	PolicyKey    = "generation"
 	DrainingKey  = "draining" // in PolicyMap while we stop
 	StatsSocket  = "sock/stats"
@@ -93,6 +95,7 @@ type Class struct {
 	Timeout time.Duration
 	Leaf    connect.LeafName
 	Bundle  connect.BundleName
+	Go      bool // the Go originator listens on its sockets
 }
 
 // Name of the class, fit for a file and a section.
@@ -104,6 +107,9 @@ func (c Class) Name() string {
 	case "http/1.1":
 		kind = "h1"
 	}
+	if c.Go {
+		kind = "g" + kind
+	}
 	name := fmt.Sprintf("%s-%d", kind, c.Timeout.Milliseconds())
 	if c.Leaf != connect.OwnLeaf || c.Bundle != connect.OwnBundle {
 		name += "-" + connect.Digest(string(c.Leaf)+"\x00"+string(c.Bundle))
@@ -111,18 +117,25 @@ func (c Class) Name() string {
 	return name
 }
 
-// parseClass reads a name of our own leaf and bundle; ok is false for every other one.
+// parseClass reads a name. With another leaf or bundle than our own the class is whole once
+// somebody wants it; ok is false for what is no class.
 func parseClass(name string) (c Class, ok bool) {
-	kind, timeout, _ := strings.Cut(name, "-")
+	kind, rest, _ := strings.Cut(name, "-")
+	timeout, other, foreign := strings.Cut(rest, "-")
 	n, err := strconv.Atoi(timeout)
 	c = Class{Timeout: time.Duration(n) * time.Millisecond, Leaf: connect.OwnLeaf, Bundle: connect.OwnBundle}
+	kind, c.Go = strings.CutPrefix(kind, "g")
 	switch kind {
 	case "h2":
 		c.ALPN = "h2"
 	case "h1":
 		c.ALPN = "http/1.1"
 	}
-	return c, err == nil && c.Name() == name
+	own := c.Name()
+	if foreign {
+		own, c.Leaf, c.Bundle = own+"-"+other, "", ""
+	}
+	return c, err == nil && own == name && (c.Go || !foreign)
 }
 
 // SlotMapFile is the path of the map of a class, by its name.
@@ -139,6 +152,9 @@ func slotID(n int) int { return 1000 + n }
 
 // Key is a slot's key in the map of its class.
 func (s Slot) Key() string { return strconv.Itoa(slotID(s.ID)) }
+
+// relayBackend is one of those that a relay passes connections on to.
+func relayBackend(n int) string { return fmt.Sprintf("relay_%d", n) }
 
 // Names of the sections of a class's connectors.
 func connectorFrontend(class string) string { return "connect_" + class }

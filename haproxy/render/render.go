@@ -73,8 +73,11 @@ func (r *Refused) Unwrap() error { return r.Err }
 // endpoints that stay. The refusals are upstreams that were left out; err means
 // that nothing can be rendered.
 func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refused, error) {
-	if s.Leaf() == nil || s.Roots() == nil {
-		return nil, nil, errors.New("no leaf or no roots")
+	if s.Roots() == nil {
+		return nil, nil, errors.New("no roots")
+	}
+	if s.Leaf() == nil && slices.ContainsFunc(s.Listeners, func(l *connect.Listener) bool { return l.Role == connect.Public || l.Role == connect.Local }) {
+		return nil, nil, errors.New("no leaf")
 	}
 	if r.access != s.AccessLog {
 		r.access, r.memory, r.last = s.AccessLog, memory{}, nil // every listener is another
@@ -89,6 +92,10 @@ func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refuse
 	f.gather(open)
 	f.assign()
 	f.place(open)
+	f.relays()
+	if f.wrong.Len() > 0 {
+		return nil, nil, f.wrong
+	}
 	if err := f.connectors(); err != nil {
 		return nil, nil, err
 	}
@@ -119,6 +126,7 @@ type memory struct {
 	fronts     map[*connect.Listener]*front
 	pools      []*pool // of those, each once
 	connectors map[connectorKey][]*Section
+	relayed    *relayed
 	named      *names // made when it is asked for
 }
 
@@ -160,14 +168,14 @@ func (r *Renderer) begin(s *connect.Snapshot, prev *Config) *file {
 	for name, leaf := range s.Leaves {
 		c.Leaves[LeafFile(name)] = leaf
 	}
-	for name, roots := range s.Bundles {
-		c.Bundles[BundleFile(name)] = roots
-	}
+	c.Bundles[BundleFile(connect.OwnBundle)] = s.Roots() // others are the Go originator's
 	c.Files[lua.SpiffeFile] = lua.Spiffe
 	if f.LosesAnswers {
 		c.Files[lua.DenyFile] = lua.Deny
 	}
-	c.Files[LeafList] = f.path(LeafFile(connect.OwnLeaf)) + " dummy.invalid\n" // a name filter, or 2.6 forgets client verification
+	if s.Leaf() != nil {
+		c.Files[LeafList] = f.path(LeafFile(connect.OwnLeaf)) + " dummy.invalid\n" // a name filter, or 2.6 forgets client verification
+	}
 	c.Maps[PolicyMap] = &LiveMap{Entries: []Entry{{PolicyKey, s.Generation(r.opt.Version)}}}
 	if prev != nil {
 		c.Verified = prev.Verified
@@ -264,6 +272,10 @@ func (f *file) same(one *front) bool {
 // front renders one listener and what it leads to.
 func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
 	made := &front{listener: l}
+	if l.Role == connect.Relay {
+		made.sections = f.callers(l)
+		return made, nil
+	}
 	var all [][]way
 	for i := range l.Branches {
 		to, err := ways(f.snap, &l.Branches[i].Chain)
@@ -314,9 +326,6 @@ func (f *file) place(open []*front) {
 
 // connectors adds those of each class of slots.
 func (f *file) connectors() error {
-	if f.Originator == Go {
-		return nil // the dialer listens on the slots
-	}
 	for _, name := range slices.Sorted(maps.Keys(f.Slots)) {
 		t := f.Slots[name]
 		path := SlotMapFile(name)
@@ -324,6 +333,9 @@ func (f *file) connectors() error {
 			f.Maps[path] = f.prev.Maps[path]
 		} else {
 			f.Maps[path] = t.live()
+		}
+		if t.Class.Go { // the Go originator listens; the map is for a successor of ours
+			continue
 		}
 		key := connectorKey{name, t.Size}
 		made := f.old.connectors[key]

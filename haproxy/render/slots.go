@@ -53,7 +53,7 @@ func slotKey(id int) string {
 
 // live is the map of the class: where each slot in use leads.
 func (t *SlotTable) live() *LiveMap {
-	m := &LiveMap{Entries: make([]Entry, 0, t.used), Read: true}
+	m := &LiveMap{Entries: make([]Entry, 0, t.used), Read: !t.Class.Go}
 	t.Each(func(v string, id int) { m.Entries = append(m.Entries, Entry{slotKey(id), v}) })
 	return m
 }
@@ -96,6 +96,11 @@ func (l *ledger) want(of Class, values []string) {
 		refs = map[string]*ref{}
 		l.refs[class] = refs
 		l.tables[class] = &SlotTable{Class: of, Size: minSlots}
+	}
+	if t := l.tables[class]; t.Class != of { // inherited: it was known by its name alone
+		whole := *t
+		whole.Class = of
+		l.tables[class] = &whole
 	}
 	for _, v := range values {
 		r := refs[v]

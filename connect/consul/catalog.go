@@ -1,0 +1,175 @@
+package consul
+
+import (
+	"context"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// serviceNames are the names of all services of a datacenter that may be of the mesh, sorted.
+type serviceNames []string
+
+// services is asked for the names of all services; the answer is serviceNames. A sidecar that
+// registered itself may be all that the catalog has of its service, which it names.
+func (c *Client) services() watch {
+	return watch{key: "services", name: "services", fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		all, meta, err := c.api.Catalog().Services(cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		names := map[string]bool{}
+		for name := range all {
+			name = strings.TrimSuffix(name, "-sidecar-proxy")
+			if name != "consul" && certs.ServiceName(name) == nil {
+				names[name] = true
+			}
+		}
+		return serviceNames(slices.Sorted(maps.Keys(names))), nil
+	}}
+}
+
+// resolvers are the service-resolver entries, by service.
+type resolvers map[string]*api.ServiceResolverConfigEntry
+
+// resolvers is asked for all entries; the answer is resolvers.
+func (c *Client) resolvers() watch {
+	return watch{key: "resolvers", name: "service-resolver", fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		list, meta, err := c.api.ConfigEntries().List(api.ServiceResolver, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		out := resolvers{}
+		for _, e := range list {
+			if r, ok := e.(*api.ServiceResolverConfigEntry); ok {
+				out[r.Name] = r
+			}
+		}
+		return out, nil
+	}}
+}
+
+// server is one of Consul's servers.
+type server struct {
+	node      string
+	rpc, grpc connect.Endpoint // Port 0 of grpc: it has none with TLS
+	replica   bool
+}
+
+// servers is asked for Consul's own servers; the answer is []server, sorted.
+func (c *Client) servers() watch {
+	return watch{key: "servers", name: "servers", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		list, meta, err := c.api.Health().Service("consul", "", false, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		out := []server{}
+		for _, e := range list {
+			for _, at := range endpoints([]*api.ServiceEntry{e}, false, false) {
+				s := server{node: e.Node.Node, rpc: at, replica: e.Service.Meta["read_replica"] == "true"}
+				if p, err := strconv.Atoi(e.Service.Meta["grpc_tls_port"]); err == nil && port(p) {
+					s.grpc = at
+					s.grpc.Port = p
+				}
+				out = append(out, s)
+			}
+		}
+		slices.SortFunc(out, func(a, b server) int { return strings.Compare(a.rpc.Name, b.rpc.Name) })
+		return out, nil
+	}}
+}
+
+// peering is one peer, as far as it is of use here.
+type peering struct {
+	Name, State, PeerServerName string
+	PeerServerAddresses         []string
+	PeerCAPems                  []string
+	StreamStatus                struct{ ImportedServices, ExportedServices []string }
+}
+
+// peerings are all peers, sorted by name; denied: the token may not read them.
+type peerings struct {
+	list   []peering
+	denied bool
+}
+
+// deniedAgain is how often a right that the token lacks is tried again.
+const deniedAgain = 30 * time.Second
+
+// peerings is asked for all peers; the answer is peerings.
+func (c *Client) peerings() watch {
+	return watch{key: "peerings", name: "peers", fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		var list []peering
+		meta, err := c.api.Raw().Query("/v1/peerings", &list, cur.options(ctx))
+		if isStatus(err, 403) {
+			cur.pause = deniedAgain
+			return peerings{denied: true}, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		list = slices.DeleteFunc(list, func(p peering) bool { return certs.ServiceName(p.Name) != nil })
+		slices.SortFunc(list, func(a, b peering) int { return strings.Compare(a.Name, b.Name) })
+		return peerings{list: list}, nil
+	}}
+}
+
+// importedFrom is a service that a peer exports to us. The list has names, with a namespace
+// before them in the enterprise edition.
+func importedFrom(peer, name string) (destination, bool) {
+	name = name[strings.LastIndex(name, "/")+1:]
+	return destination{service: name, peer: peer}, certs.ServiceName(name) == nil
+}
+
+// peerServers are the addresses of a peer's servers.
+func peerServers(list []string) (out []connect.Endpoint) {
+	for _, text := range list {
+		host, p, err := net.SplitHostPort(text)
+		n, perr := strconv.Atoi(p)
+		if ip, err2 := netip.ParseAddr(host); err == nil && perr == nil && err2 == nil && port(n) {
+			out = append(out, connect.Endpoint{Name: endpointName("server", host, text), Node: "server", ID: host, Address: ip.Unmap().String(), Port: n, Weight: 1})
+		}
+	}
+	slices.SortFunc(out, func(a, b connect.Endpoint) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// exportedServices are the services that are exported; denied: the token may not read them.
+type exportedServices struct {
+	list []struct {
+		Service   string
+		Consumers struct{ Peers []string }
+	}
+	denied bool
+}
+
+// exports is asked for the exported services, as Consul resolves the entry; the answer is
+// exportedServices.
+func (c *Client) exports() watch {
+	return watch{key: "exports", name: "exported services", fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		var out exportedServices
+		meta, err := c.api.Raw().Query("/v1/exported-services", &out.list, cur.options(ctx))
+		if isStatus(err, 403) {
+			cur.pause = deniedAgain
+			return exportedServices{denied: true}, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		return out, nil
+	}}
+}

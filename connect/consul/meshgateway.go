@@ -1,0 +1,398 @@
+package consul
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// meshGateway is the kind of proxy that passes connections of the mesh on by the name that
+// they ask for: to services of its own datacenter, and to gateways of other datacenters and
+// of peers. It ends no TLS of theirs.
+type meshGateway struct {
+	client       *Client
+	registration string // the watch's key
+
+	turn    uint64 // of the registration that follows
+	service *api.AgentService
+	binds   []gatewayBind
+	notices connect.Notices
+
+	exported map[string]*exportedChain // by service
+	nouns    *nouns
+}
+
+func newMeshGateway(c *Client, registration string) kind {
+	return &meshGateway{client: c, registration: registration, exported: map[string]*exportedChain{}, nouns: &nouns{}}
+}
+
+// federates reports whether servers of other datacenters are reached through this gateway.
+func (k *meshGateway) federates() bool { return k.service.Meta["consul-wan-federation"] == "1" }
+
+func (k *meshGateway) decode(st *state) {
+	turn := st.turnOf(k.registration)
+	if k.turn == turn {
+		return
+	}
+	k.turn = turn
+	k.service, _ = heard[*api.AgentService](st, k.registration)
+	k.notices = nil
+	k.binds = gatewayBinds(k.service, &k.notices)
+}
+
+func (k *meshGateway) own() string { return k.service.Datacenter }
+
+func (k *meshGateway) wants(st *state) []watch {
+	k.decode(st)
+	c := k.client
+	out := []watch{c.roots(), c.mesh(), c.services(), c.resolvers(), c.meshGateways(), c.peerings(), c.exports()}
+	if mesh, _ := heard[meshEntry](st, c.mesh().key); k.federates() || mesh.peersThroughGateways() {
+		out = append(out, c.servers())
+	}
+	for _, d := range k.local(st) {
+		out = append(out, k.endpoints(st, d))
+	}
+	list, _ := heard[peerings](st, c.peerings().key)
+	for _, p := range list.list {
+		for _, s := range p.StreamStatus.ImportedServices {
+			if d, ok := importedFrom(p.Name, s); ok {
+				out = append(out, c.peered(d))
+			}
+		}
+	}
+	for _, x := range k.exports(st) {
+		out = append(out, x.asked)
+		for _, d := range x.targets {
+			out = append(out, k.endpoints(st, d))
+		}
+	}
+	return out
+}
+
+// manyServices is how many services a gateway follows by a connection each where the agent
+// does not speak HTTP/2: it allows one address 200 of them. More are asked for in turn.
+const (
+	manyServices = 64
+	servicesTurn = 2 * time.Second
+)
+
+// endpoints is the watch for one of the destinations in our own datacenter.
+func (k *meshGateway) endpoints(st *state, d destination) watch {
+	w := k.client.endpoints(d)
+	if list, _ := heard[serviceNames](st, k.client.services().key); len(list) > manyServices && !strings.HasPrefix(k.client.addr, "https") {
+		w.every = servicesTurn
+		w.key += "\x00in turn"
+	}
+	return w
+}
+
+// local are the services of our own datacenter and their subsets.
+func (k *meshGateway) local(st *state) (out []destination) {
+	names, _ := heard[serviceNames](st, k.client.services().key)
+	entries, _ := heard[resolvers](st, k.client.resolvers().key)
+	for _, name := range names {
+		r := entries[name]
+		if r == nil || r.DefaultSubset == "" {
+			out = append(out, destination{service: name, dc: k.own()})
+		}
+		if r == nil {
+			continue
+		}
+		for _, subset := range slices.Sorted(maps.Keys(r.Subsets)) {
+			def := r.Subsets[subset]
+			out = append(out, destination{service: name, dc: k.own(), subset: subset, filter: def.Filter, onlyPassing: def.OnlyPassing})
+		}
+	}
+	return out
+}
+
+// relay is the table of a gateway on its way: which name leads where.
+type relay struct {
+	to       *nouns
+	branches []connect.Branch
+	taken    map[string]bool
+	notices  *connect.Notices
+}
+
+// name leads a name, or an ending after "*", to a target. The first that asks for it has it.
+func (r *relay) name(sni string, t *connect.Target) {
+	sni = strings.ToLower(sni)
+	if r.taken[sni] {
+		return
+	}
+	r.taken[sni] = true
+	r.to.target(t)
+	r.to.group(&connect.Group{Name: connect.GroupName(t.Name), Protocol: connect.TCP, Targets: []connect.TargetName{t.Name}, Connect: defaultConnect})
+	r.branches = append(r.branches, connect.Branch{Match: connect.Match{SNI: sni}, Protocol: connect.TCP, Chain: connect.Direct(connect.GroupName(t.Name))})
+}
+
+// passed is a target that connections are passed on to.
+func passed(name connect.TargetName, d destination, list []connect.Endpoint) *connect.Target {
+	return &connect.Target{Name: name, Service: d.service, Subset: d.subset, Datacenter: d.dc, Peer: d.peer, Endpoints: list, Dial: connect.Dial{How: connect.Pass}}
+}
+
+func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
+	k.decode(st)
+	c := k.client
+	roots, haveRoots := heard[*certs.Roots](st, c.roots().key)
+	_, haveNames := heard[serviceNames](st, c.services().key)
+	if !haveRoots || !haveNames {
+		return nil, true
+	}
+	notices := slices.Clone(k.notices)
+	r := &relay{to: k.nouns.next(), taken: map[string]bool{}, notices: &notices}
+	slow = k.services(st, r, roots.TrustDomain)
+	slow = k.datacenters(st, r, roots.TrustDomain) || slow
+	slow = k.servers(st, r, roots.TrustDomain) || slow
+	slow = k.peers(st, r, roots.TrustDomain) || slow
+	slices.SortFunc(r.branches, func(a, b connect.Branch) int { return strings.Compare(a.Match.SNI, b.Match.SNI) })
+	for _, b := range k.binds {
+		r.to.listener(&connect.Listener{Name: b.name, Role: connect.Relay, Bind: b.bind, Idle: relayIdle, Branches: r.branches})
+	}
+	k.nouns = r.to
+	snap = &connect.Snapshot{
+		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "mesh gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
+			Datacenter: k.own(), TrustDomain: roots.TrustDomain},
+		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: roots}, Notices: notices.Sorted(),
+	}
+	r.to.into(snap)
+	return snap, slow
+}
+
+// relayIdle is long: the servers' gossip of other datacenters goes through here, too.
+const relayIdle = 24 * time.Hour
+
+// services leads the names of services to their sidecars.
+func (k *meshGateway) services(st *state, r *relay, domain string) (slow bool) {
+	entries, _ := heard[resolvers](st, k.client.resolvers().key)
+	for _, d := range k.local(st) {
+		list, ok := heard[instances](st, k.endpoints(st, d).key)
+		slow = slow || !ok
+		if ok && len(list.endpoints) == 0 && d.subset == "" {
+			continue // most names in the catalog are of no service of the mesh
+		}
+		t := passed(d.name(), d, list.endpoints)
+		name := id(d.service, d.dc)
+		name.TrustDomain = domain
+		r.name(name.SNI(d.subset), t)
+		if e := entries[d.service]; e != nil && e.DefaultSubset == d.subset {
+			r.name(name.SNI(""), t)
+		}
+	}
+	return slow || st.turnOf(k.client.resolvers().key) == 0
+}
+
+// datacenters leads everything that is of another datacenter to its gateways.
+func (k *meshGateway) datacenters(st *state, r *relay, domain string) (slow bool) {
+	all, ok := heard[gateways](st, k.client.meshGateways().key)
+	for _, dc := range slices.Sorted(maps.Keys(all)) {
+		if dc == k.own() {
+			continue
+		}
+		d := destination{dc: dc}
+		t := passed(connect.TargetName("gateways."+connect.SafeName(dc)), d, all[dc].wan)
+		r.name("*."+dc+".internal."+domain, t)
+		if k.federates() {
+			r.name("server."+dc+"."+serverDomain, t)
+			r.name("*.server."+dc+"."+serverDomain, t)
+		}
+	}
+	return !ok
+}
+
+// serverDomain is what the names of Consul's servers end in: the agent's DNS domain, which no
+// API tells who may only read services.
+const serverDomain = "consul"
+
+// servers leads to Consul's own servers: by their names for servers of other datacenters,
+// and by one name for those of peers.
+func (k *meshGateway) servers(st *state, r *relay, domain string) (slow bool) {
+	mesh, haveMesh := heard[meshEntry](st, k.client.mesh().key)
+	if !k.federates() && !mesh.peersThroughGateways() {
+		return !haveMesh
+	}
+	list, ok := heard[[]server](st, k.client.servers().key)
+	var rpc, peering []connect.Endpoint
+	for _, s := range list {
+		rpc = append(rpc, s.rpc)
+		if s.grpc.Port != 0 && !s.replica {
+			peering = append(peering, s.grpc)
+		}
+	}
+	d := destination{service: "consul", dc: k.own()}
+	if k.federates() {
+		for _, s := range list {
+			name := strings.ToLower(s.node)
+			r.name(name+".server."+k.own()+"."+serverDomain, passed(connect.TargetName("server."+connect.SafeName(name)), d, []connect.Endpoint{s.rpc}))
+		}
+		r.name("server."+k.own()+"."+serverDomain, passed("servers", d, rpc))
+	}
+	if mesh.peersThroughGateways() {
+		r.name("server."+k.own()+".peering."+domain, passed("servers.peering", d, peering))
+	}
+	return !ok || !haveMesh
+}
+
+// peers leads what is imported to the peers' gateways, what is exported to its sidecars, and
+// the servers' own traffic to those of peers.
+func (k *meshGateway) peers(st *state, r *relay, domain string) (slow bool) {
+	c := k.client
+	list, ok := heard[peerings](st, c.peerings().key)
+	mesh, _ := heard[meshEntry](st, c.mesh().key)
+	if list.denied {
+		r.notices.Add("mesh gateway", "peering:read", "", "the token lacks it: what is imported from peers is not passed on")
+	}
+	for _, p := range list.list {
+		if mesh.peersThroughGateways() && p.PeerServerName != "" && hostName(p.PeerServerName) {
+			r.name(p.PeerServerName, passed(connect.TargetName("servers."+connect.SafeName(p.Name)+".peer"), destination{service: "consul", peer: p.Name}, peerServers(p.PeerServerAddresses)))
+		}
+		for _, s := range p.StreamStatus.ImportedServices {
+			d, valid := importedFrom(p.Name, s)
+			if !valid {
+				continue
+			}
+			if in, known := heard[instances](st, c.peered(d).key); known && in.sni != "" {
+				r.name(in.sni, passed(d.name(), d, in.endpoints))
+			} else {
+				slow = slow || !known
+			}
+		}
+	}
+	return k.exporting(st, r, domain) || slow || !ok
+}
+
+// exporting leads the names by which peers ask for exported services to their sidecars.
+func (k *meshGateway) exporting(st *state, r *relay, domain string) (slow bool) {
+	exports, ok := heard[exportedServices](st, k.client.exports().key)
+	if exports.denied {
+		r.notices.Add("mesh gateway", "mesh:read", "", "the token lacks it: services that are exported to peers are not passed on")
+	}
+	for _, x := range k.exports(st) {
+		if x.http {
+			r.notices.Add("mesh gateway", "exported service", x.service, "it speaks "+string(x.protocol)+": TLS must end in the gateway, which is not supported")
+			continue
+		}
+		var to *connect.Target
+		for _, d := range x.targets {
+			list, known := heard[instances](st, k.endpoints(st, d).key)
+			slow = slow || !known
+			if to == nil || len(to.Endpoints) == 0 {
+				to = passed(d.name(), d, list.endpoints)
+			}
+		}
+		if to == nil {
+			slow = slow || st.turnOf(x.asked.key) == 0
+			continue
+		}
+		for _, peer := range x.peers {
+			r.name(externalSNI(x.service, peer, domain), to)
+		}
+	}
+	return slow || !ok
+}
+
+// externalSNI is the name by which a peer asks for a service of ours; peer is our name of it
+// (agent/connect, PeeredServiceSNI).
+func externalSNI(service, peer, domain string) string {
+	return fmt.Sprintf("%s.default.default.%s.external.%s", service, peer, domain)
+}
+
+// exportedChain is where an exported service leads here.
+type exportedChain struct {
+	service  string
+	peers    []string
+	asked    watch // the chain
+	turn     uint64
+	protocol connect.Protocol
+	http     bool
+	targets  []destination // in failover order
+}
+
+// exports are the exported services, with what their chains say now.
+func (k *meshGateway) exports(st *state) (out []*exportedChain) {
+	list, _ := heard[exportedServices](st, k.client.exports().key)
+	for _, e := range list.list {
+		if certs.ServiceName(e.Service) != nil || len(e.Consumers.Peers) == 0 {
+			continue
+		}
+		x := k.exported[e.Service]
+		up := &declared{name: e.Service, service: e.Service, dc: k.own(), where: "exported service " + e.Service}
+		if x == nil {
+			x = &exportedChain{service: e.Service, asked: k.client.chain(up)}
+			k.exported[e.Service] = x
+		}
+		x.peers = e.Consumers.Peers
+		if turn := st.turnOf(x.asked.key); turn != x.turn {
+			x.turn = turn
+			c, _ := heard[*chain](st, x.asked.key)
+			if compiled, err := up.compile(c, k.own()); err == nil { // else the last one stays
+				x.protocol, x.http, x.targets = compiled.protocol, compiled.protocol.IsHTTP(), nil
+				for _, g := range compiled.groups {
+					x.targets = append(x.targets, slices.DeleteFunc(g.targets, func(d destination) bool { return d.peer != "" || d.dc != k.own() })...)
+				}
+			}
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+// gatewayBind is one address that a gateway listens on.
+type gatewayBind struct {
+	name string
+	bind connect.Bind
+}
+
+// gatewayBinds reads what a gateway's registration makes it listen on.
+func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind) {
+	var config map[string]any
+	if s.Proxy != nil {
+		config = s.Proxy.Config
+	}
+	k := newKeys("proxy", config, n)
+	add := func(name, address string, p int) {
+		b := connect.Bind{Address: ipAddress("proxy", name, address, "0.0.0.0", n), Port: p}
+		if !port(p) {
+			n.Add("proxy", name, fmt.Sprint(p), "want a port from 1 to 65535; it is not listened on")
+			return
+		}
+		if !slices.ContainsFunc(out, func(o gatewayBind) bool { return o.bind.Clashes(b) }) {
+			out = append(out, gatewayBind{"relay_" + connect.SafeName(name), b})
+		}
+	}
+	if !k.bool(false, "envoy_gateway_no_default_bind") {
+		add("default", s.Address, s.Port)
+	}
+	if k.bool(false, "envoy_gateway_bind_tagged_addresses") {
+		for _, tag := range slices.Sorted(maps.Keys(s.TaggedAddresses)) {
+			if a := s.TaggedAddresses[tag]; isAddress(a.Address) {
+				add(tag, a.Address, a.Port)
+			}
+		}
+	}
+	if binds := k.sub("envoy_gateway_bind_addresses"); binds != nil {
+		for _, name := range slices.Sorted(maps.Keys(binds.m)) {
+			if one := binds.sub(name); one != nil {
+				_, address, _ := one.get("address", "Address")
+				text, _ := address.(string)
+				add(name, text, one.int(0, 0, 65535, "port", "Port"))
+				one.rest()
+			}
+		}
+	}
+	k.get("connect_timeout_ms")
+	for _, dead := range []string{"protocol", "bind_address", "bind_port", "envoy_dns_discovery_type"} {
+		k.get(dead)
+	}
+	k.rest()
+	slices.SortFunc(out, func(a, b gatewayBind) int { return cmp.Compare(a.name, b.name) })
+	return out
+}
