@@ -33,7 +33,7 @@ func MeshGateway(trustDomain, datacenter string) SPIFFEID {
 // themselves.
 func (id SPIFFEID) Gateway() bool { return id.Service == "" && id.TrustDomain != "" }
 
-// maxID bounds an ID: RFC-wise a URI has no limit, SPIFFE says 2048 bytes.
+// maxID bounds an ID: the RFC sets no limit for a URI, the SPIFFE standard sets 2048 bytes.
 const maxID = 2048
 
 var errNotService = errors.New("not the SPIFFE ID of a Consul service (spiffe://<trust domain>/ns/<namespace>/dc/<datacenter>/svc/<service>) or mesh gateway")
@@ -86,7 +86,7 @@ func ServiceName(name string) error {
 }
 
 // FromCertificate returns the one identity of a certificate. No URI SAN, or more
-// than one, is an error: who carries two names must not choose between them.
+// than one, is an error: a peer with two names must not choose between them.
 func FromCertificate(c *x509.Certificate) (SPIFFEID, error) {
 	uris, err := uriSANs(c)
 	if err != nil {

@@ -19,7 +19,7 @@ const (
 	Local                  // the application, which calls an upstream
 )
 
-// Callers reports whether it is others who connect, and not our own application.
+// Callers reports whether others connect to the listener, and not our own application.
 func (r Role) Callers() bool { return r == Public || r == Open || r == Relay }
 
 func (r Role) String() string {
@@ -36,17 +36,17 @@ func (r Role) String() string {
 	return "none"
 }
 
-// Listener is where somebody connects.
+// Listener is one address that the proxy listens on, and where its connections go.
 type Listener struct {
-	Name string // fit for any name in HAProxy; of an upstream's listener the upstream's
+	Name string // fit for any name in HAProxy; with the role Local it is the upstream's name
 	Role Role
-	// Opened is the setting that makes a listener Open, in the words of its documentation.
+	// Opened names the setting that makes a listener Open, as its documentation spells it.
 	Opened string
 	// From is who may connect besides this host itself, by address; nil: anybody.
 	From []string
 	Bind Bind
 	Idle time.Duration // silence that ends a connection; 0: the default of every listener
-	// MaxConnections refuses at once what would be more; nil is unlimited.
+	// MaxConnections limits the connections; one more is refused at once. nil: unlimited.
 	MaxConnections *int
 	Branches       []Branch // the first that matches
 }
@@ -86,7 +86,7 @@ type Branch struct {
 
 // Match says which connections take a branch. The zero value is all of them.
 type Match struct {
-	// Port that the caller meant, before its connection was redirected to the listener.
+	// Port is the connection's original destination port, before it was redirected to the listener.
 	Port int
 	// SNI is the name that the caller asks for, in lower case; with "*." before it every
 	// name that ends so.
@@ -139,7 +139,7 @@ func (l *Listener) LeadsTo(g GroupName) (leads bool) {
 	return leads
 }
 
-// Protocol of the first branch: what most of those who connect speak.
+// Protocol returns the protocol of the first branch, which most connections take.
 func (l *Listener) Protocol() Protocol { return l.Branches[0].Protocol }
 
 // Guard of the first branch, or nil.

@@ -5,7 +5,7 @@ import "github.com/haproxy-connect/haproxy-connect/certs"
 // TargetName names a target of the Snapshot.
 type TargetName string
 
-// Target is who may answer, and where.
+// Target is who may answer a call, and at which endpoints.
 type Target struct {
 	Name       TargetName
 	Service    string // or the prepared query's name
@@ -19,7 +19,7 @@ type Target struct {
 // Dial is how a target is reached.
 type Dial struct {
 	How    How
-	IDs    []certs.SPIFFEID // Mesh: whoever answers must be one of these; sorted; none: nobody
+	IDs    []certs.SPIFFEID // Mesh: the server must have one of these identities; sorted; none: no server is accepted
 	Bundle BundleName       // Mesh: whoever answers must be certified by it
 	Leaf   LeafName         // Mesh: who we are
 	SNI    string           // Mesh: the name that is asked for, where a gateway reads it; "": none is sent

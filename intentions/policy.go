@@ -10,7 +10,8 @@
 // alone. One that has permissions hides every lower one even when none of its
 // permissions matches: then the default policy answers.
 //
-// It may import certs. connect, connect/consul, haproxy/render and cmd use it.
+// It may import certs. intentions/jwt, intentions/spoe, connect, connect/consul,
+// connect/connecttest, haproxy/render, haproxy/selftest and cmd use it.
 package intentions
 
 import (
@@ -35,7 +36,7 @@ type Intention struct {
 	Permissions []Permission
 	Tokens      []Requirement // one of them must be met, whatever else matches
 	Precedence  int
-	Unsupported string // why it can only deny here, "" for the usual case
+	Unsupported string // why the intention can only deny here; "" if it is supported
 }
 
 // Source names callers; Name and Namespace may be Wildcard.
@@ -80,12 +81,12 @@ type HeaderMatch struct {
 // Config is everything a Policy is made of.
 type Config struct {
 	Destination  string            // our service's name
-	TrustDomain  string            // our own; callers of any other are denied
-	ServerName   string            // SNI that names our service; "" judges no server name
+	TrustDomain  string            // our own; callers of another one are denied, unless it is a peer's
+	ServerName   string            // the SNI that names our service; if "", Accepts accepts every name
 	Community    bool              // the agent is Consul's community edition: it has one namespace and one partition
 	Peers        map[string]string // peer name -> its trust domain
 	HTTP         bool              // false: an intention with permissions or tokens denies
-	Providers    []*Provider       // that exist
+	Providers    []*Provider       // the jwt-providers that are known
 	DefaultAllow bool
 	Intentions   []Intention
 }
@@ -101,7 +102,7 @@ type Policy struct {
 	fallback Decision          // the default
 
 	providers []*Provider // that the rules name
-	written   []Intention // beside rules, as they came
+	written   []Intention // the intention of each rule as it was given, for Same
 }
 
 type sourceKey struct{ trustDomain, partition, namespace, name string }
@@ -110,23 +111,24 @@ type rule struct {
 	Intention
 	trustDomain string
 	decision    Decision // for a connection
-	final       Decision // for a request, without permissions
+	final       Decision // for a request with the tokens that the intention requires, if it has no permissions
 }
 
-// Decision answers one question.
+// Decision is the verdict on a connection or a request, and what decided it.
 type Decision struct {
 	Allow bool
-	// PerRequest: the answer depends on the request, and this one is not it.
+	// PerRequest means that the answer depends on the request: Allow is false, and Decide must
+	// be asked about each request.
 	PerRequest bool
-	// Rule is the intention or default that decided, one word for log and metric:
+	// Rule names what decided, one word for log and metric; for example
 	// "web=>api", "*=>api", "default", "identity", "web=>api#2" for a permission.
 	Rule string
 	// Reason says the same in words.
 	Reason string
 }
 
-// NewPolicy compiles. A permission that cannot be compiled is an error in that
-// intention alone: the intention then denies, and says why.
+// NewPolicy compiles a Config. An intention with a permission that cannot be compiled
+// denies, and its reason says why; the other intentions work as usual.
 func NewPolicy(c Config) *Policy {
 	p := &Policy{conf: c, valid: true, digest: digest(c), exact: map[sourceKey]int{}}
 	verb := "denies"
@@ -196,7 +198,7 @@ func orDefault(s string) string {
 	return s
 }
 
-// Config is what a policy was made of. Treat as read-only.
+// Config returns what the policy was made of; it must not be changed.
 func (p *Policy) Config() Config {
 	if p == nil {
 		return Config{}
@@ -204,7 +206,7 @@ func (p *Policy) Config() Config {
 	return p.conf
 }
 
-// Digest names what a policy says: two that were made of the same have the same.
+// Digest identifies what the policy says: policies of equal Configs have the same digest.
 func (p *Policy) Digest() string {
 	if p == nil || !p.valid {
 		return "none"
@@ -214,7 +216,7 @@ func (p *Policy) Digest() string {
 
 func digest(c Config) string {
 	text, err := json.Marshal(c)
-	if err != nil { // it has nothing that JSON does not know
+	if err != nil { // cannot happen: JSON can express every field
 		return ""
 	}
 	return fmt.Sprintf("%x", sha256.Sum256(text))
@@ -239,8 +241,9 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	if from.Gateway() {
 		return -1, gatewayID
 	}
-	// The community edition signs such identities for whoever may write the service, but
-	// no intention can name them: the default policy would answer for a denied caller.
+	// The community edition signs identities of other namespaces and partitions for whoever may
+	// write the service, but no intention can name them: with such an identity a denied caller
+	// would get the default policy.
 	if p.conf.Community && from.TrustDomain == p.conf.TrustDomain && (from.Namespace != "default" || from.Partition != "default") {
 		return -1, foreignNS
 	}
@@ -269,16 +272,15 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	return -1, p.fallback
 }
 
-// Accepts judges the server name that a caller sent (SNI). Only the mesh's name of
-// another service is refused: a caller that was led to the wrong place must not be
-// served by us. Names outside the mesh, as Connect-native applications send them, say
-// nothing.
+// Accepts judges the server name that a caller sent (SNI). It refuses only the mesh's name
+// of another service: a caller that was led to the wrong place must not be served by us.
+// It accepts names outside the mesh, which Connect-native applications send.
 func (p *Policy) Accepts(serverName string) (Decision, bool) {
 	if p == nil || !p.valid || serverName == "" || p.conf.ServerName == "" {
 		return Decision{}, true
 	}
 	name, own := strings.ToLower(strings.TrimSuffix(serverName, ".")), strings.ToLower(p.conf.ServerName)
-	if name == own || strings.HasSuffix(name, "."+own) { // the second is a subset of ours
+	if name == own || strings.HasSuffix(name, "."+own) { // a name that ends in own is a subset of our service
 		return Decision{}, true
 	}
 	rest, ofMesh := strings.CutSuffix(name, "."+strings.ToLower(p.conf.TrustDomain))
@@ -293,11 +295,11 @@ func (p *Policy) Accepts(serverName string) (Decision, bool) {
 	return Decision{}, true
 }
 
-// ServerNameRule is the rule of a Decision of Accepts.
+// ServerNameRule is the Rule of the Decision by which Accepts refuses a server name.
 const ServerNameRule = "server-name"
 
-// Same reports whether another policy treats a caller by the same rule as this one, so
-// that what this one let in may go on.
+// Same reports whether o judges a caller by the same rule as p, so that sessions which p let
+// in may go on.
 func (p *Policy) Same(o *Policy, from certs.SPIFFEID) bool {
 	if p == o {
 		return true
@@ -355,8 +357,8 @@ func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
 	return d
 }
 
-// Explain says why a request got its decision: for people, at more cost than Decide.
-// It names what failed to match in each permission.
+// Explain returns the reason for a decision in more detail than Decide, at a higher cost: where
+// no permission matched, it names what failed to match in the first few.
 func (p *Policy) Explain(from certs.SPIFFEID, req *Request) string {
 	at, d := p.match(from)
 	if req == nil || !d.PerRequest {

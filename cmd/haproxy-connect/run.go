@@ -30,10 +30,10 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 )
 
-// urgent ends everything at once; the second signal calls hurry.
+// urgent is cancelled by hurry, which the second signal calls: everything then ends at once.
 var urgent, hurry = context.WithCancel(context.Background())
 
-// sidecar is one sidecar, as it is from the beginning.
+// sidecar holds what exists from the start of the program; running adds the parts that are made later.
 type sidecar struct {
 	conf    *config
 	app     *app // nil unless we run the application
@@ -43,7 +43,7 @@ type sidecar struct {
 	client  *consul.Client
 	metrics *metrics
 
-	phase    atomic.Pointer[string]  // what it waits for, while nothing runs
+	phase    atomic.Pointer[string]  // what the sidecar waits for until running is set
 	running  atomic.Pointer[running] // nil before everything in it is made
 	stopping atomic.Bool
 	stop     context.CancelCauseFunc
@@ -51,7 +51,8 @@ type sidecar struct {
 	heard    atomic.Int64 // unix nanoseconds of the newest snapshot
 }
 
-// running is a sidecar whose parts are all there. Who reads a sidecar gets all of them or none.
+// running is a sidecar with all its parts. It is published as a whole: whoever loads
+// sidecar.running finds all of them, or nil.
 type running struct {
 	*sidecar
 	place
@@ -69,7 +70,7 @@ type running struct {
 	noticed  map[connect.Notice]bool
 }
 
-// place is where a sidecar runs, and as what.
+// place is the HAProxy binary, the account of its worker, and the run directory with its lock.
 type place struct {
 	binary  *process.Binary
 	account process.Account
@@ -121,9 +122,9 @@ func cmdRun(ctx context.Context, args []string, out, errw io.Writer) error {
 	return s.app.exit()
 }
 
-// run starts in the order of the design, and stops in the reverse.
+// run starts the admin listener before everything else and ends it last: its /ready says what the sidecar is waiting for.
 func (s *sidecar) run(ctx context.Context) error {
-	_ = notifySocket() // before any child
+	_ = notifySocket() // no child may inherit the variable
 	ctx, s.stop = context.WithCancelCause(ctx)
 	defer s.stop(nil)
 	s.waiting("HAProxy's binary")
@@ -146,7 +147,7 @@ func (s *sidecar) run(ctx context.Context) error {
 		err = e
 	}
 	if cause := context.Cause(ctx); err != nil && ctx.Err() != nil && errors.Is(err, cause) {
-		err = nil // asked to stop while it waited
+		err = nil // the stop was requested while the sidecar still waited
 	}
 	return err
 }
@@ -163,10 +164,10 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 		return err
 	}
 
-	tested, testEnded := make(chan error, 1), make(chan struct{}) // beside the wait for Consul
+	tested, testEnded := make(chan error, 1), make(chan struct{}) // the self-test runs while we wait for Consul
 	testCtx, endTest := context.WithCancel(dataCtx)
 	go func() { defer close(testEnded); tested <- r.selfTest(testCtx) }()
-	defer func() { endTest(); <-testEnded }() // it leaves no directory behind
+	defer func() { endTest(); <-testEnded }() // wait, so that the self-test removes its directory
 
 	if s.conf.register {
 		err := s.retry(ctx, "the agent, to register", func(ctx context.Context) error { return s.client.Register(ctx, s.conf.registration) })
@@ -183,7 +184,7 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 				return len(reasons) == 0, strings.Join(reasons, "; ")
 			})
 		}()
-		// First of all on the way out: nobody should be sent here any more.
+		// A stop deregisters first of all: Consul must send no new caller here.
 		defer beat.Wait()
 		defer endBeat()
 		context.AfterFunc(ctx, endBeat)
@@ -225,7 +226,8 @@ func (s *sidecar) serve(ctx, dataCtx context.Context, data *errgroup.Group) (err
 	return r.start(ctx, dataCtx, data, id, originator)
 }
 
-// wire makes every part, and has those answer that HAProxy needs whatever happens.
+// wire makes every part, and starts those that HAProxy depends on: the authorization agent and
+// the Go originator, if it is used.
 func (s *running) wire(ctx, dataCtx context.Context, data *errgroup.Group, id string, originator render.Originator) error {
 	f := s.binary.Version.Features()
 	renderer, err := render.New(s.conf.render(s.dir, s.account, s.binary, originator))
@@ -304,7 +306,7 @@ func (s *running) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	notify("STOPPING=1")
 	s.log.Info("stopping", "cause", context.Cause(ctx), "drain_timeout", s.conf.drain)
 	s.drainInbound(dataCtx, id)
-	if s.app != nil { // it may still need its upstreams to finish
+	if s.app != nil { // before HAProxy ends: the application may need its upstreams to finish
 		s.app.stop(dataCtx, s.conf.appTimeout, s.log)
 	}
 	s.proc.Drain(2 * time.Second)
@@ -314,7 +316,7 @@ func (s *running) start(ctx, dataCtx context.Context, data *errgroup.Group, id s
 	return errors.Join(err, s.cleanDir())
 }
 
-// awaitReady returns once there is no reason not to be ready; false when ctx ends first.
+// awaitReady waits until the sidecar is ready and returns true, or false if ctx ends first.
 func (s *sidecar) awaitReady(ctx context.Context) bool {
 	t := time.NewTicker(20 * time.Millisecond)
 	defer t.Stop()
@@ -328,8 +330,8 @@ func (s *sidecar) awaitReady(ctx context.Context) bool {
 	return true
 }
 
-// comeBack takes back, once callers can be served, what an earlier stop has left: see
-// drainInbound.
+// comeBack waits until the sidecar is ready and the application runs, tells systemd, and ends
+// the maintenance in which an earlier stop left the proxy: see drainInbound.
 func (s *running) comeBack(ctx context.Context, id string) {
 	if !s.awaitReady(ctx) {
 		return
@@ -344,12 +346,12 @@ func (s *running) comeBack(ctx context.Context, id string) {
 	s.log.Info("ready")
 	notify("READY=1\nSTATUS=serving")
 	never := func(error) bool { return false }
-	_ = consul.Retry(ctx, never, func(err error) { // ends well, or with ctx
+	_ = consul.Retry(ctx, never, func(err error) { // never fails for good: it succeeds, or ctx ends
 		s.log.Warn("cannot see whether an earlier stop left the proxy in maintenance", "error", err, "try", "consul maint -disable -service="+id+", if callers do not find it")
 	}, func(ctx context.Context) error { return s.client.Return(ctx, id) })
 }
 
-// publish takes a new snapshot: the policy is in force before anything else.
+// publish puts a new snapshot into force: its policy first, its configuration last.
 func (s *running) publish(snap *connect.Snapshot) {
 	old := s.newest.Swap(snap)
 	s.heard.Store(time.Now().UnixNano())
@@ -363,7 +365,7 @@ func (s *running) publish(snap *connect.Snapshot) {
 		s.dial.SetIdentity(byText(snap.Leaves), byText(snap.Bundles), dialer.Versions(snap.Outgoing))
 	}
 	if len(s.noticed) > 1000 {
-		clear(s.noticed) // said again rather than remembered for ever
+		clear(s.noticed) // logging a notice again is better than remembering every one for ever
 	}
 	for _, n := range snap.Notices {
 		if !s.noticed[n] {
@@ -412,7 +414,7 @@ func byText[K ~string, V any](in map[K]V) map[string]V {
 	return out
 }
 
-// retry waits for Consul with one clear line per kind of trouble.
+// retry repeats try until Consul answers or refuses for good, and logs an error only if it differs from the one before.
 func (s *sidecar) retry(ctx context.Context, what string, try func(context.Context) error) error {
 	s.waiting(what + " at " + s.client.Addr())
 	final := func(err error) bool {
@@ -426,7 +428,7 @@ func (s *sidecar) retry(ctx context.Context, what string, try func(context.Conte
 
 // selfTest proves the connectors on this binary, in a directory of its own.
 func (s *running) selfTest(ctx context.Context) error {
-	// Beside the run directories, which is the one place that must be writable.
+	// -run-dir, or else the parent of the run directories, is the one place that must be writable.
 	base := s.conf.runDir
 	if base == "" {
 		base = filepath.Dir(s.conf.dir("any"))

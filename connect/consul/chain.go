@@ -139,8 +139,8 @@ func (s span) within() time.Duration {
 	return 0
 }
 
-// chain is asked for the compiled discovery chain of an upstream, with what the upstream
-// itself says in the question; the answer is *chain.
+// chain returns the watch for the compiled discovery chain of an upstream; its answers are
+// *chain. The upstream's own settings are part of the query.
 func (c *Client) chain(d *declared) watch {
 	opts := &api.DiscoveryChainOptions{EvaluateInDatacenter: d.dc, OverrideProtocol: string(d.protocol), OverrideConnectTimeout: d.connect, OverrideMeshGateway: api.MeshGatewayConfig{Mode: d.gateway}}
 	about := "chain\x00" + d.service + "\x00" + d.dc

@@ -21,8 +21,8 @@ type compiled struct {
 	notices  connect.Notices
 }
 
-// resolvedGroup is a resolver node: the group that it becomes, without what only the
-// upstream says.
+// resolvedGroup is a resolver node and the group that it becomes, without the settings of
+// the upstream itself.
 type resolvedGroup struct {
 	node    string
 	group   connect.Group
@@ -38,7 +38,8 @@ type compiler struct {
 	seen  map[string]*resolvedGroup // by node
 }
 
-// directly is the chain of a service of which nothing is known.
+// directly returns the chain that is used until the real one is known: it leads straight to
+// the upstream's own service.
 func directly(d *declared) *compiled {
 	to := destination{service: d.service, dc: d.dc, other: d.other}
 	if d.peer != "" {
@@ -48,7 +49,7 @@ func directly(d *declared) *compiled {
 	return &compiled{protocol: connect.TCP, routes: connect.Direct(d.group).Routes, groups: []*resolvedGroup{g}}
 }
 
-// compile reads a chain. An error is of a chain that leads nowhere: the last one stays.
+// compile reads a chain. It fails if the chain leads nowhere; the last one then stays in force.
 func (d *declared) compile(c *chain, own string) (*compiled, error) {
 	to := &compiler{compiled: &compiled{}, chain: c, up: d, own: own, seen: map[string]*resolvedGroup{}}
 	to.protocol, _ = connect.ParseProtocol(c.Protocol)
@@ -102,7 +103,7 @@ func (c *compiler) name() {
 	}
 }
 
-// notice is of an entry that the chain is made of.
+// notice adds a notice about a config entry of which the chain is made.
 func (c *compiler) notice(key, value, why string) { c.notices.Add(c.up.where, key, value, why) }
 
 func (c *compiler) route(in *chainRoute, number int) (out connect.Route, err error) {
@@ -133,7 +134,8 @@ func (m *routeMatch) match() connect.HTTPMatch {
 	return out
 }
 
-// splits are those of the node that a route leads to, or the one that has everything.
+// splits returns the splits of the node that a route leads to; if that node is no splitter, a
+// single split has everything.
 func (c *compiler) splits(next string) (out []connect.Split, err error) {
 	node := c.chain.Nodes[next]
 	if node == nil {
@@ -216,8 +218,8 @@ func (c *compiler) destination(t *chainTarget) destination {
 	return d
 }
 
-// balance reads a load-balancing policy. tcp knows no hash policies, as with Consul's own
-// proxies.
+// balance reads a load-balancing policy. As with Consul's own proxies, tcp has no hash
+// policies; its endpoints are then taken at random.
 func (c *compiler) balance(lb *loadBalancer) (out connect.Balance) {
 	switch lb.Policy {
 	case "", "round_robin":
@@ -258,7 +260,7 @@ func (c *compiler) balance(lb *loadBalancer) (out connect.Balance) {
 		case p.Field == "query_parameter" && headerName(strings.ReplaceAll(p.FieldValue, "_", "-")):
 			one.Query = p.FieldValue
 		default:
-			c.notice("service-resolver hash_policies", p.Field+" "+p.FieldValue, "not a name that can be looked for; this part is not hashed")
+			c.notice("service-resolver hash_policies", p.Field+" "+p.FieldValue, "not a name that HAProxy can look for; this part is not hashed")
 			continue
 		}
 		out.Hash = append(out.Hash, one)
@@ -276,7 +278,7 @@ func cookieName(s string) bool {
 	})
 }
 
-// retryable is which conditions and codes HAProxy can know.
+// retryConditions and retryCodes are those that HAProxy can retry on.
 var (
 	retryConditions = []string{"5xx", "gateway-error", "reset", "connect-failure", "refused-stream"}
 	retryCodes      = []int{401, 403, 404, 408, 425, 500, 501, 502, 503, 504}
@@ -309,7 +311,7 @@ func (c *compiler) retry(to *routeDestination, key string) (out connect.Retry) {
 	return out
 }
 
-// edits reads header rules. A rule that is no header's is left out.
+// edits reads header rules. A rule that cannot be used is left out with a notice.
 func (c *compiler) edits(m *api.HTTPHeaderModifiers, key string) (out connect.HeaderEdits) {
 	if m == nil {
 		return out
@@ -352,7 +354,7 @@ func editable(name, value string) string {
 	return ""
 }
 
-// idle is the silence that ends what a protocol speaks, where the upstream says none.
+// idleOf returns how long a server may be silent, by protocol, where the upstream sets no time.
 func idleOf(p connect.Protocol) time.Duration {
 	switch {
 	case p == connect.GRPC:

@@ -33,8 +33,8 @@ type declared struct {
 	poll     time.Duration
 }
 
-// upstreams decodes every listener of a registration. A broken one is left out
-// with a notice; the others stay. own is what the public side listens on.
+// upstreams decodes the upstreams of a registration. A broken upstream is left out
+// with a notice; the others stay. own are the addresses of the public side.
 func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*declared {
 	var out []*declared
 	used := map[string]bool{} // names of listeners, and after a zero byte of groups
@@ -75,7 +75,7 @@ func upstreams(s *api.AgentService, own []connect.Bind, n *connect.Notices) []*d
 		}
 		for key, v := range map[string]string{"destination_namespace": u.DestinationNamespace, "destination_partition": u.DestinationPartition} {
 			if v != "" && v != "default" {
-				n.Add(d.where, key, v, "an enterprise feature that is not supported; the default one is called")
+				n.Add(d.where, key, v, "namespaces and partitions are enterprise features and not supported; the default one is called")
 			}
 		}
 		if !d.listener(u, n) {
@@ -190,6 +190,6 @@ func (d *declared) settings(u api.Upstream, n *connect.Notices) {
 		h.rest()
 	}
 	k.balance("balance_outbound_connections") // HAProxy spreads connections over its threads anyway
-	k.get("mesh_gateway")                     // merged by Consul beside the structured field
+	k.get("mesh_gateway")                     // Consul merges it in; the structured field says the same
 	k.rest()
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// roots is asked for those of our own trust domain; the answer is *certs.Roots.
+// roots returns the watch for the roots of our own trust domain; its answers are *certs.Roots.
 func (c *Client) roots() watch {
 	return watch{key: "roots", name: "roots", shapes: never,
 		same: sameRoots,
@@ -29,7 +29,7 @@ func (c *Client) roots() watch {
 		}}
 }
 
-// leaf is asked for the certificate of a service; the answer is *certs.Leaf.
+// leaf returns the watch for the leaf of a service; its answers are *certs.Leaf.
 func (c *Client) leaf(service string) watch {
 	return watch{key: "leaf\x00" + service, name: "leaf", shapes: never,
 		same: func(a, b any) bool { return a.(*certs.Leaf).Fingerprint == b.(*certs.Leaf).Fingerprint },

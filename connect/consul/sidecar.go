@@ -16,7 +16,7 @@ type sidecar struct {
 	client       *Client
 	registration string // the watch's key
 
-	turn     uint64 // of the registration that follows
+	turn     uint64 // of the registration from which the fields below were decoded
 	service  *api.AgentService
 	inbound  *inbound
 	declared []*declared
@@ -32,7 +32,7 @@ func newSidecar(c *Client, registration string) kind {
 	return &sidecar{client: c, registration: registration, upstreams: map[string]*upstream{}, nouns: &nouns{}}
 }
 
-// decode reads the registration when it is another.
+// decode reads the registration if it has changed.
 func (k *sidecar) decode(st *state) {
 	turn := st.turnOf(k.registration)
 	if k.turn == turn {
@@ -58,8 +58,8 @@ func (k *sidecar) name() string { return k.service.Proxy.DestinationServiceName 
 
 func (k *sidecar) transparent() bool { return k.service.Proxy.Mode == api.ProxyModeTransparent }
 
-// tlsModes are the entries that may say that mutual TLS is permissive, of which the first
-// that says anything counts. That only means something with transparent proxying.
+// tlsModes returns the watches for the entries that may make mutual TLS permissive; the first
+// entry that sets a mode counts. The mode only means something with transparent proxying.
 func (k *sidecar) tlsModes() []watch {
 	return []watch{k.client.tlsMode(api.ServiceDefaults, k.name()), k.client.tlsMode(api.ProxyDefaults, api.ProxyConfigGlobal)}
 }
@@ -160,7 +160,8 @@ func (k *sidecar) bundles(st *state, own *certs.Roots) map[connect.BundleName]*c
 	return out
 }
 
-// decides is the policy of what was heard: the same one as long as that is the same.
+// decides returns the policy made from what was heard; while that does not change, it is the
+// same pointer.
 func (k *sidecar) decides(p connect.Proxy, list []intentions.Intention, allow bool, tokens []*intentions.Provider) *intentions.Policy {
 	conf := intentions.Config{Destination: p.Service, TrustDomain: p.TrustDomain,
 		ServerName: p.SPIFFEID().SNI(""), Community: p.Namespace == "" && p.Partition == "",

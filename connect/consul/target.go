@@ -17,7 +17,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// destination is whose instances are asked for.
+// destination is a service, or a subset of it, whose instances are asked for.
 type destination struct {
 	service, dc string
 	other       bool   // dc is not ours
@@ -69,12 +69,12 @@ func (d destination) said() string {
 	return name
 }
 
-// instances is the answer of who may be called.
+// instances is the answer to the question which instances may be called.
 type instances struct {
 	dc        string
 	ids       []certs.SPIFFEID   // without trust domain if it is ours: the roots may arrive later than this; sorted
 	endpoints []connect.Endpoint // perhaps with host names in place of addresses
-	hosts     bool               // with some, at least
+	hosts     bool               // some endpoints have host names
 	behind    bool               // a terminating gateway answers for the service
 	sni       string             // by which a gateway knows it
 	protocol  connect.Protocol   // of a peer's service, as the peer says
@@ -96,7 +96,7 @@ func id(service, dc string) certs.SPIFFEID {
 	return certs.SPIFFEID{Partition: "default", Namespace: "default", Datacenter: dc, Service: service}
 }
 
-// endpoints is asked for the instances of a destination.
+// endpoints returns the watch for the instances of a destination; its answers are instances.
 func (c *Client) endpoints(d destination) watch {
 	about := "endpoints\x00" + d.service + "\x00" + d.dc + "\x00" + d.subset
 	return watch{key: fmt.Sprintf("%s\x00%s\x00%t\x00%s", about, d.filter, d.onlyPassing, d.sni), subject: about, name: "endpoints of " + d.said(), void: noInstances, shapes: namedInstances,
@@ -124,8 +124,8 @@ func terminating(e *api.ServiceEntry) bool {
 	return e != nil && e.Service != nil && e.Service.Kind == api.ServiceKindTerminatingGateway
 }
 
-// query is asked by executing a prepared query, every so often. dc is where it is evaluated,
-// own where we are.
+// query returns the watch that executes a prepared query every d.poll; its answers are instances.
+// d.dc is the datacenter that evaluates the query, own is ours.
 func (c *Client) query(d *declared, own string) watch {
 	about := "query\x00" + d.service + "\x00" + d.dc
 	name := "query " + d.service

@@ -8,8 +8,8 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// upstream is one of a sidecar's, and what is known of it. One of which nothing has changed
-// costs nothing.
+// upstream is one upstream of a sidecar, and what is known of it. It costs nothing while
+// nothing of it changes.
 type upstream struct {
 	*declared
 	client *Client
@@ -17,7 +17,7 @@ type upstream struct {
 	asked  watch  // the chain, or the query
 
 	made   *made // what is in force
-	next   *made // what is to be, once its targets were heard of; nil: nothing is
+	next   *made // what comes into force once its targets were heard of; nil: nothing
 	since  time.Time
 	turn   uint64 // of the chain as last read
 	broken string // why the chain as last read is not in force; "" if it is
@@ -38,7 +38,7 @@ type aim struct {
 	of    destination
 	asked []watch // for its instances, and what else is about it
 
-	turn   uint64 // that noun was made in
+	turn   uint64 // of the newest answer that noun was made from
 	domain string
 	noun   *connect.Target
 }
@@ -141,9 +141,9 @@ func (a *aim) instances(st *state, own string) (instances, bool) {
 // ones nothing was heard.
 const targetGrace = 5 * time.Second
 
-// follow looks at the chain, and takes what it has become when every target was heard of, or
-// when that takes too long: till then what was in force serves. A chain that cannot be read
-// leaves it in force, too.
+// follow reads the chain if it has changed, and puts it into force once every target was heard
+// of, or after targetGrace; until then the old chain serves, if its own targets were heard of. It
+// also serves on if the new chain cannot be read.
 func (u *upstream) follow(st *state) {
 	if turn := st.turnOf(u.asked.key); !u.query && turn != u.turn {
 		u.turn = turn

@@ -67,7 +67,8 @@ type socket struct {
 	endpoint atomic.Pointer[Endpoint]
 }
 
-// New makes a dialer. own, if not nil, gives each new socket to who may use it.
+// New makes a dialer. own, if not nil, is called with the path of each new socket, to give the
+// socket to the user who may connect to it.
 func New(log *slog.Logger, own func(path string) error) *Dialer {
 	return &Dialer{log: log, own: own, served: map[string]*socket{}}
 }
@@ -115,8 +116,8 @@ func (d *Dialer) Run(ctx context.Context) error {
 	return nil
 }
 
-// Set makes exactly these sockets (by path) be served. Connections of a socket
-// that goes away live on.
+// Set serves exactly the wanted sockets, by path. Connections of a socket that is
+// not wanted any more live on.
 func (d *Dialer) Set(want map[string]Endpoint) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -160,7 +161,7 @@ func (d *Dialer) Set(want map[string]Endpoint) error {
 	return nil
 }
 
-// start needs d.mu.
+// start begins to accept connections on a socket. The caller holds d.mu.
 func (d *Dialer) start(s *socket) {
 	ctx := d.ctx
 	d.wg.Add(1)
@@ -222,7 +223,7 @@ func (d *Dialer) serve(ctx context.Context, in *net.UnixConn, e Endpoint) {
 	<-done
 }
 
-// wrongIdentity: the chain is good, the name is not.
+// wrongIdentity is the error of a server whose chain is good, but whose SPIFFE ID is not expected.
 type wrongIdentity struct{ got string }
 
 func (w *wrongIdentity) Error() string { return fmt.Sprintf("it presented %q", w.got) }
@@ -240,8 +241,8 @@ func (d *Dialer) dial(ctx context.Context, e Endpoint) (*tls.Conn, error) {
 	defer cancel()
 	conf := &tls.Config{
 		Certificates: []tls.Certificate{leaf}, MinVersion: id.min, MaxVersion: id.max, CipherSuites: id.ciphers, ServerName: e.SNI,
-		// The name is in a URI, which crypto/tls does not compare: VerifyConnection
-		// does all of it, also for resumed sessions (of which there are none).
+		// crypto/tls does not compare names in URIs. VerifyConnection does the whole
+		// verification; it would for resumed sessions, too, but there are none.
 		InsecureSkipVerify:     true,
 		SessionTicketsDisabled: true,
 		VerifyConnection:       func(cs tls.ConnectionState) error { return verify(cs, roots, e.IDs) },

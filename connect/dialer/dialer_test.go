@@ -16,7 +16,7 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/certs"
 )
 
-// server answers with what it hears, as a service; read counts the bytes that it heard.
+// server echoes what it hears, with a service's leaf; read counts the bytes that it heard.
 func server(t *testing.T, ca *certs.Authority, service string) (addr string, read *atomic.Int64) {
 	leaf, err := ca.Leaf(service, time.Hour)
 	require.NoError(t, err)
@@ -40,8 +40,8 @@ func server(t *testing.T, ca *certs.Authority, service string) (addr string, rea
 	return ln.Addr().String(), read
 }
 
-// Bytes reach a server of the expected identity, and none reaches any other one: neither of
-// another service, nor of another authority.
+// Bytes reach only a server of the expected identity: no byte reaches a server of another
+// service or of another authority.
 func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 	const domain = "11111111-2222-3333-4444-555555555555.consul"
 	ca, err := certs.NewAuthority(domain)
@@ -98,7 +98,7 @@ func TestOnlyTheExpectedServerHearsAByte(t *testing.T) {
 	require.Zero(t, heard["other"].Load())
 	require.Zero(t, heard["foreign"].Load())
 	require.Equal(t, "secret", call("peer"), "each endpoint has the roots of its own trust domain")
-	// A socket that stands for nothing any more is not listened on.
+	// A socket that is not wanted any more is not listened on.
 	require.NoError(t, d.Set(map[string]Endpoint{filepath.Join(dir, "api"): want[filepath.Join(dir, "api")]}))
 	_, err = net.Dial("unix", filepath.Join(dir, "other"))
 	require.Error(t, err)

@@ -42,8 +42,8 @@ func (p *pool) follow(s *connect.Snapshot) bool {
 	return s.Target(p.target.Name) == p.target
 }
 
-// pool renders the backend of the target that has a place in a group; often only endpoints
-// have changed. fresh are those of this snapshot.
+// pool renders the backend of the target at a place of a group; if only endpoints have changed,
+// the head is reused. fresh has the pools already made for this snapshot.
 func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 	g, name := w.group, w.backend(place)
 	if p := fresh[name]; p != nil {
@@ -201,14 +201,14 @@ func (f *file) requestsTo(b *builder, p *pool) {
 	f.uploads(b, g.Idle)
 }
 
-// notRepeated keeps requests from being sent again that may not be: the server may have
-// begun them.
+// notRepeated keeps HAProxy from repeating a request that is not safe to repeat: the server may
+// already have begun it.
 const notRepeated = "http-request disable-l7-retry unless METH_GET || METH_HEAD || METH_OPTIONS || { method PUT DELETE TRACE }"
 
-// retries says when a request is tried at another endpoint. That nobody could be connected
-// to and that a connection was closed look the same here: only what may be repeated is. A
-// route that asks for more repeats every request, as with Envoy, whose body has come within
-// a second and fits a buffer.
+// retries says when a request is tried at another endpoint. A connection that could not be made
+// and one that was closed look the same here, so only requests that are safe to repeat are
+// tried again. A route that asks for more conditions repeats every request, as with Envoy, if
+// the body has come within a second and fits a buffer.
 func retries(b *builder, r *connect.Retry, p connect.Protocol) {
 	if r == nil {
 		b.add("retry-on conn-failure empty-response")
@@ -322,8 +322,8 @@ func limit(b *builder, g *connect.Group, used string) {
 	l := g.Limits
 	most := or(l.MaxConcurrentRequests, -1)
 	if (l.MaxConnections != nil || l.MaxPendingRequests != nil) && !g.Protocol.IsHTTP2() {
-		// A connection has one request at a time: so many are under way, maxConn divides
-		// them among the endpoints, and so many more wait.
+		// A connection has one request at a time: MaxConnections of them are under way, which
+		// maxConn divides among the endpoints, and MaxPendingRequests more wait.
 		if n := or(l.MaxConnections, envoyLimit) + or(l.MaxPendingRequests, envoyLimit); most < 0 || n < most {
 			most = n
 		}
@@ -337,7 +337,7 @@ func limit(b *builder, g *connect.Group, used string) {
 	}
 }
 
-// envoyLimit is Envoy's default of each limit, which counts where another one is set.
+// envoyLimit is Envoy's default for each limit, which applies where only another limit is set.
 const envoyLimit = 1024
 
 func or(n *int, def int) int {
@@ -358,9 +358,9 @@ func maxConn(g *connect.Group, t *connect.Target) int {
 	return (n + len(t.Endpoints) - 1) / len(t.Endpoints)
 }
 
-// uploads keeps HAProxy 2.6 from taking a pause of who sends a body for the silence of the
-// one who waits for it. While a request comes in, and afterwards too, its answer then has
-// as long as an idle client, since nothing can shorten it again.
+// uploads keeps HAProxy 2.6 from counting a pause in an upload as silence of the server. For an
+// upload the server's timeout is 5 minutes at least, also for the answer, as nothing can
+// shorten it again once the upload is complete.
 func (o *Options) uploads(b *builder, silence time.Duration) {
 	if !o.TimesUploads || silence < 0 {
 		return
@@ -375,7 +375,7 @@ func (o *Options) uploads(b *builder, silence time.Duration) {
 // allows: as long as Envoy gives the whole request.
 const defaultQueue = 15 * time.Second
 
-// idList is never empty: without an expected identity nobody is the right one.
+// idList writes the expected identities. It is never empty: "nobody" is no server's identity.
 func idList(ids []certs.SPIFFEID) string {
 	if len(ids) == 0 {
 		return "nobody"
@@ -387,8 +387,8 @@ func idList(ids []certs.SPIFFEID) string {
 	return strings.Join(out, " ")
 }
 
-// assign gives every endpoint that needs one a slot, and completes the backends with their
-// servers. A pool that the ledger knows, and that has them, costs nothing.
+// assign gives every endpoint that needs a slot one, and completes the backends with their
+// servers. A pool that is complete and already counted by the ledger costs nothing.
 func (f *file) assign() {
 	var changed []*pool
 	for _, p := range f.next.pools {
@@ -461,8 +461,9 @@ func (f *file) servers(p *pool, ids []int) *Section {
 	return &sec
 }
 
-// hashIDs are the numbers by which servers have their place in a ring: from the address, so
-// that every sidecar places them alike. HAProxy takes 20 bits. nil: nothing is hashed.
+// hashIDs are the IDs that place servers in the hash ring. They are made from the address, so
+// that every sidecar places an endpoint alike; HAProxy takes 20 bits. nil: the group does not
+// hash.
 func hashIDs(g *connect.Group, t *connect.Target) []int {
 	if g.Balance.Policy != connect.Hash {
 		return nil

@@ -8,8 +8,8 @@
 // the roots of exactly that trust domain, the identity filter and its guard rule; a key is
 // never part of a Config, only of the Leaf it points to.
 //
-// It may import connect, certs, intentions/spoe (names of messages and variables
-// only) and lua. haproxy and cmd use it.
+// It may import connect, certs, intentions, intentions/spoe (names of messages and variables
+// only) and lua. haproxy, haproxy/selftest and cmd use it.
 package render
 
 import (
@@ -29,7 +29,7 @@ import (
 // Originator says who speaks TLS to upstreams.
 type Originator string
 
-// HAProxy itself with the identity filter, or the Go dialer.
+// The originators: Lua is HAProxy itself with the identity filter, Go is the Go dialer.
 const (
 	Lua Originator = "haproxy"
 	Go  Originator = "go"
@@ -47,7 +47,7 @@ const (
 
 // Options are decided by the operator and by HAProxy's version.
 type Options struct {
-	Version       string // of this program: what a verdict of another one says is not known
+	Version       string // of this program: verdicts of another version are not kept
 	Dir           string // run directory, absolute, plain characters
 	User, Group   string // of the worker; "" keeps ours
 	Threads       int    // 0: 2
@@ -58,8 +58,8 @@ type Options struct {
 	Originator    Originator
 	// ExplainDenials tells denied callers why, in a response header.
 	ExplainDenials bool
-	// MaxAge of a caller's connection, 0 for none: an answer after it closes the
-	// connection. Whoever wires this ends those that do not ask.
+	// MaxAge of a caller's connection, 0 for none: the first answer after it closes the
+	// connection. Connections that get no answer are ended by cmd.
 	MaxAge time.Duration
 	// AgentTimeout bounds how long a verdict may take; 0: 1 s.
 	AgentTimeout time.Duration
@@ -100,20 +100,21 @@ type LiveMap struct {
 	Entries []Entry // in the order of Entry.Compare
 	// Read: a section reads it. HAProxy knows no other map.
 	Read bool
-	// Routes: an entry belongs to a frontend as it is, see carried. Backends: values are
-	// names of backends, with bars between them.
+	// Routes is true for a map of routes, whose entries belong to the frontend as it is (see
+	// carried). Backends is true if values are names of backends with bars between them.
 	Routes, Backends bool
 }
 
 // Entry of a map: two words.
 type Entry struct{ Key, Value string }
 
-// Compare is the order of entries, by key: as numbers are, if it is one.
+// Compare orders entries by key, a shorter key first, so that numbers are in numerical order.
 func (e Entry) Compare(o Entry) int {
 	return cmp.Or(len(e.Key)-len(o.Key), strings.Compare(e.Key, o.Key))
 }
 
-// same reports whether nothing differs, so that neither the file nor HAProxy needs it.
+// same reports whether two maps do not differ, so that neither the file nor HAProxy needs a
+// change.
 func (m *LiveMap) same(o *LiveMap) bool {
 	return m.Read == o.Read && m.Routes == o.Routes && m.Backends == o.Backends && slices.Equal(m.Entries, o.Entries)
 }
@@ -180,7 +181,8 @@ type Server struct {
 	Slot    Slot
 }
 
-// Slot is what a server of an HTTP upstream goes through; zero for tcp.
+// Slot is the socket to which a server leads if HAProxy's connector or the Go originator speaks
+// to the endpoint. The zero Slot means that the server is the endpoint itself.
 type Slot struct {
 	Class string // its name
 	ID    int

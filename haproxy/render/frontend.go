@@ -147,9 +147,9 @@ func (f *file) logs() bool {
 	return f.AccessLog == LogText || f.AccessLog == LogJSON || f.AccessLog == "" && f.snap.AccessLog.Enabled
 }
 
-// door is the listener before the public one that lets in plain TCP to the
-// application's own port (before it was redirected here), for services that are on
-// their way into the mesh.
+// door has the public listener's address where mutual TLS is permissive. It passes TLS on to
+// the public listener, and lets plain TCP in that was meant for the application's own port
+// before it was redirected here, for services that are on their way into the mesh.
 func (f *file) door(l *connect.Listener, plain *connect.Branch) *builder {
 	b := section(Frontend, door).add("mode tcp")
 	b.add("bind %s", bind(b, l.Bind)).
@@ -171,13 +171,14 @@ func (f *file) doorToTLS(l *connect.Listener) *builder {
 		add("server public unix@%s send-proxy-v2", f.path(publicSocket))
 }
 
-// open is a plain listener of the application: never of a mesh caller.
+// open is a plain listener before the application, without TLS and intentions: it tells the
+// application of no caller.
 func (f *file) open(l *connect.Listener) *builder {
 	b := section(Frontend, frontendName(l))
 	http := l.Protocol().IsHTTP()
 	b.mode(http)
 	b.add("bind %s", bind(b, l.Bind)).add("maxconn %d", max(f.share/8, 1))
-	if l.From != nil { // this host has the same address at both ends, or is the loopback
+	if l.From != nil { // a connection of this host has the same address at both ends, or comes from the loopback
 		near := "127.0.0.0/8 ::1"
 		for _, one := range l.From {
 			near += " " + b.check("address", one)
@@ -194,8 +195,8 @@ func (f *file) open(l *connect.Listener) *builder {
 	return b
 }
 
-// upstream is where the application calls an upstream. before, if not nil, is what the
-// listener was: often nothing of it has changed.
+// upstream writes the frontend where the application calls an upstream. before, if not nil, is
+// what the last rendering made: it is reused if nothing has changed.
 func (f *file) upstream(made *front, to [][]way, before *front) error {
 	l := made.listener
 	b := section(Frontend, "")
@@ -214,7 +215,7 @@ func (f *file) upstream(made *front, to [][]way, before *front) error {
 		b.add("option idle-close-on-response") // or a reload would cut idle keep-alives under a request
 		b.add("http-request del-header X-Forwarded-Client-Cert")
 		says(b, "calling "+l.Name, "no endpoint answered", "no healthy endpoint", "the endpoint did not answer in time")
-		// Nothing of an endpoint was heard: to callers that is Envoy's 503.
+		// If no endpoint has answered, the caller gets 503 in place of 502, as with Envoy.
 		b.add("http-response set-var(txn.answered) bool(true)")
 		b.add("http-after-response set-status 503 if { status 502 } !{ var(txn.answered) -m bool }")
 	} else if f.logs() { // also of a client that waits for the server to speak first

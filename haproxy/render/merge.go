@@ -6,11 +6,11 @@ import (
 	"strings"
 )
 
-// Merge is what of want HAProxy can be brought to without a reload, from running: its
-// structure stays, and what changes at run time is taken from want. A backend whose head
-// or whose number of sockets changes keeps its servers, and a slot keeps its endpoint as
-// long as a server of running may use it. It is for bundles that can be replaced live, or
-// that are the same in both.
+// Merge returns the configuration that HAProxy can be brought to from running without a reload:
+// the structure is that of running, and what can change at run time is taken from want. A
+// backend whose head or whose number of sockets changes keeps its servers, and a slot keeps its
+// endpoint as long as a server of running may use it. The bundles of both must be the same, or
+// replaceable live.
 func Merge(running, want *Config) *Config {
 	out := *running
 	out.Leaves, out.Bundles, out.Verified = common(running.Leaves, want.Leaves), common(running.Bundles, want.Bundles), want.Verified
@@ -34,7 +34,7 @@ func Merge(running, want *Config) *Config {
 	for name, m := range out.Maps {
 		out.Maps[name] = carried(running, running.Maps[name], m)
 	}
-	for name, m := range out.Maps { // what runs reads the maps that it reads
+	for name, m := range out.Maps { // the running sections decide which maps are read
 		if now := running.Maps[name]; now.Read != m.Read {
 			out.Maps[name] = &LiveMap{Entries: m.Entries, Read: now.Read, Routes: now.Routes, Backends: now.Backends}
 		}
@@ -98,8 +98,8 @@ func carried(running *Config, now, next *LiveMap) *LiveMap {
 	return out
 }
 
-// common is what runs, as it is wanted: what is new waits for the reload, and what is gone
-// may still be used until then.
+// common returns running with the values of want where it has them: what is new waits for the
+// reload, and what is gone may still be used until then.
 func common[T any](running, want map[string]T) map[string]T {
 	out := maps.Clone(running)
 	for name := range running {
@@ -110,8 +110,8 @@ func common[T any](running, want map[string]T) map[string]T {
 	return out
 }
 
-// with is the table with the endpoints of both: none is in two slots, and no slot has two,
-// as a slot that becomes free is not given away at once (see ledger.assign).
+// with returns the table with the endpoints of both. No endpoint is in two slots and no slot
+// has two endpoints, as a slot that becomes free is not given away at once (see ledger.assign).
 func (t *SlotTable) with(next *SlotTable) *SlotTable {
 	if t == next {
 		return t

@@ -32,15 +32,16 @@ const (
 	authzBackend              = "authz"
 )
 
-// Names of sections of the public listener. The door is before it where mutual TLS is
-// permissive, and tells TLS from the rest.
+// Names of sections of the public listener. Where mutual TLS is permissive, the door stands
+// before it and tells TLS from plain connections.
 const (
 	publicFrontend = "public"
 	door           = "permissive"
 	doorToTLS      = "permissive_tls"
 )
 
-// frontendName is that of a listener. An upstream may have the name of another listener.
+// frontendName is the name of a listener's frontend. An upstream's has a prefix, as the
+// upstream may have the name of another listener.
 func frontendName(l *connect.Listener) string {
 	if l.Role == connect.Local {
 		return "up_" + l.Name
@@ -48,8 +49,8 @@ func frontendName(l *connect.Listener) string {
 	return l.Name
 }
 
-// backendName is that of one target of a group, which is in it at this place. A colon is in
-// no name that Consul chose.
+// backendName is the name of the backend for the target at a place of a group. Names that
+// Consul chose have no colon, so ":or:" cannot make a name twice.
 func backendName(g *connect.Group, place int) string {
 	if place == 0 {
 		return string(g.Name)
@@ -57,8 +58,8 @@ func backendName(g *connect.Group, place int) string {
 	return fmt.Sprintf("%s:or:%s", g.Name, g.Targets[place])
 }
 
-// Guarded reports whether a session of this frontend and backend is of a caller who must be
-// let in: at the public listener, or on its way there through the door.
+// Guarded reports whether a session of this frontend and backend belongs to a caller who needs
+// a verdict: it is at the public listener, or on its way there through the door.
 func Guarded(frontend, backend string) bool {
 	return frontend == publicFrontend || frontend == door && backend == doorToTLS
 }
@@ -89,7 +90,7 @@ func LeafFile(n connect.LeafName) string { return "tls/" + connect.SafeName(stri
 // BundleFile is the path of a bundle of roots.
 func BundleFile(n connect.BundleName) string { return "tls/" + connect.SafeName(string(n)) + ".pem" }
 
-// Class is what connectors are alike in. Each class has its own sockets.
+// Class is what the connectors that share a set of sockets have in common.
 type Class struct {
 	ALPN    string // protocol that is offered; "" none
 	Timeout time.Duration

@@ -22,7 +22,7 @@ type Renderer struct {
 	access connect.AccessLog // of the last snapshot
 	memory memory
 	ledger *ledger // of last
-	last   *Config // nil: none that the ledger and the memory go with
+	last   *Config // the Config that ledger and memory belong to; nil: they belong to none
 }
 
 // New makes a renderer for one run directory.
@@ -80,7 +80,7 @@ func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refuse
 		return nil, nil, errors.New("no leaf")
 	}
 	if r.access != s.AccessLog {
-		r.access, r.memory, r.last = s.AccessLog, memory{}, nil // every listener is another
+		r.access, r.memory, r.last = s.AccessLog, memory{}, nil // every frontend has another access log
 	}
 	f := r.begin(s, prev)
 	f.process()
@@ -88,7 +88,7 @@ func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refuse
 	if f.wrong.Len() > 0 {
 		return nil, nil, f.wrong
 	}
-	r.last = nil // until all of this is through
+	r.last = nil // ledger and memory belong to no Config until all of this has succeeded
 	f.gather(open)
 	f.assign()
 	f.place(open)
@@ -114,13 +114,14 @@ type file struct {
 	prev      *Config
 	old, next memory
 	ledger    *ledger
-	share     int // of the connections, for callers
+	share     int // limit of connections, of which the listeners of callers get a part
 	limits    int // index of the section with the limit of connections
 	refused   []*Refused
 	wrong     *multierror.Error
 }
 
-// memory is what was made of which nouns. The zero memory knows nothing.
+// memory keeps what the last rendering made, by the nouns that it was made of. The zero memory
+// is empty.
 type memory struct {
 	sections   map[string]*Section // by what went into them
 	fronts     map[*connect.Listener]*front
@@ -130,7 +131,8 @@ type memory struct {
 	named      *names // made when it is asked for
 }
 
-// names finds what was made by its name: something of it may be the same.
+// names finds by name what the last rendering made, for where a noun has changed but a part of
+// the result may be the same.
 type names struct {
 	fronts map[string]*front
 	pools  map[string]*pool
@@ -187,14 +189,15 @@ func (r *Renderer) begin(s *connect.Snapshot, prev *Config) *file {
 	return f
 }
 
-// add renders a section that the configuration is not without.
+// add appends a section that every configuration needs.
 func (f *file) add(b *builder, comment string) {
 	if sec := f.must(b, comment); sec != nil {
 		f.Sections = append(f.Sections, sec)
 	}
 }
 
-// must renders a section that the configuration is not without; nil if it cannot be.
+// must renders a section without which there is no configuration; it returns nil if that fails,
+// and then Render fails.
 func (f *file) must(b *builder, comment string) *Section {
 	sec, err := f.build(b, comment)
 	if err != nil {
@@ -324,7 +327,7 @@ func (f *file) place(open []*front) {
 	}
 }
 
-// connectors adds those of each class of slots.
+// connectors adds the map of each class of slots, and the connectors that HAProxy has for it.
 func (f *file) connectors() error {
 	for _, name := range slices.Sorted(maps.Keys(f.Slots)) {
 		t := f.Slots[name]
@@ -351,8 +354,8 @@ func (f *file) connectors() error {
 	return nil
 }
 
-// limit writes what the limit of open files leaves beside the sockets, which are only known
-// now.
+// limit writes maxconn: what the limit of open files leaves beside the sockets, whose number is
+// known only now.
 func (f *file) limit() (err error) {
 	b := global("connections").add("maxconn %d", f.connections(f.Slots, len(f.snap.Upstreams())))
 	f.Sections[f.limits], err = f.build(b, "what the limit of open files leaves beside the sockets")

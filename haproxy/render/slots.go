@@ -8,17 +8,17 @@ import (
 	"sync"
 )
 
-// minSlots is how many sockets a class starts with. Sockets cannot be added
-// without a reload, so there are always at least twice as many as endpoints: a
-// rolling replacement of all of them needs none.
+// minSlots is how many sockets a class starts with. Sockets cannot be added without a reload,
+// so there are always at least twice as many as endpoints: a rolling replacement of all
+// endpoints needs no reload.
 const minSlots = 256
 
 // SlotTable assigns endpoints to the sockets of one class of connectors. Slots count
 // from 1: slot n is Values[n-1]. Treat as read-only.
 //
-// A slot belongs for ever to the identities it was first given to: a worker that is
-// being replaced still sends by its own idea of a slot, and what it means for one
-// service must never arrive at another.
+// A slot belongs for ever to the identities it was first given to: a worker that is being
+// replaced still uses the slots as it knew them, and what it sends to one service must never
+// arrive at another.
 type SlotTable struct {
 	Class  Class
 	Size   int      // sockets that exist
@@ -58,8 +58,8 @@ func (t *SlotTable) live() *LiveMap {
 	return m
 }
 
-// ledger counts who wants which slot, so that a change costs what changed. It goes
-// with the one Config that was rendered last.
+// ledger counts how many upstreams want each slot value, so that a rendering costs only what
+// has changed. It belongs to the Config that was rendered last.
 type ledger struct {
 	tables  map[string]*SlotTable
 	refs    map[string]map[string]*ref // by class and value
@@ -87,8 +87,8 @@ func newLedger(prev *Config) *ledger {
 	return l
 }
 
-// want counts an upstream's values in. The class comes to exist, also while it has
-// no endpoint: the first one must not need a reload.
+// want counts the values of an upstream in. It makes the class even if that has no endpoint
+// yet: the first endpoint must not need a reload.
 func (l *ledger) want(of Class, values []string) {
 	class := of.Name()
 	refs := l.refs[class]
@@ -113,7 +113,7 @@ func (l *ledger) want(of Class, values []string) {
 	}
 }
 
-// drop counts them out.
+// drop counts the values of an upstream out again.
 func (l *ledger) drop(class string, values []string) {
 	for _, v := range values {
 		if r := l.refs[class][v]; r != nil {
@@ -137,9 +137,9 @@ func (l *ledger) of(class string, values []string) []int {
 	return out
 }
 
-// assign gives every wanted value a slot and takes it from the others. A table that
-// stays the same is the same pointer. All sockets together are not more than most (0: any
-// number) unless there are as many endpoints.
+// assign gives every wanted value a slot and frees the slots of values that nobody wants any
+// more. A table that does not change stays the same pointer. All classes together have at most
+// most sockets (0: no limit), unless the slots that were ever used need more.
 func (l *ledger) assign(most int) {
 	for class, values := range l.changed {
 		delete(l.changed, class)

@@ -21,7 +21,7 @@ func cacheDir() string {
 	return filepath.Join(base, "haproxy-connect")
 }
 
-// need fails in CI and skips elsewhere.
+// need returns where a binary is. Without it the test fails in CI and is skipped elsewhere.
 func need(t testing.TB, path string) string {
 	t.Helper()
 	full, err := exec.LookPath(path)

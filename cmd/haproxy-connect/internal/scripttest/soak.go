@@ -277,10 +277,12 @@ type holdings struct {
 	kept                                 paths // what lies in the run directory
 }
 
-// paths are sorted; they print as their number.
-type paths []string
+func (h holdings) String() string {
+	return fmt.Sprintf("%d goroutines, %d open files, %d HAProxies, %d files, %d MB", h.goroutines, h.files, h.haproxies, len(h.kept), h.memory)
+}
 
-func (p paths) String() string { return strconv.Itoa(len(p)) }
+// paths are sorted.
+type paths []string
 
 // without returns the paths that are not in b.
 func (p paths) without(b paths) []string {
@@ -331,6 +333,10 @@ func (s *soak) rest() map[string]holdings {
 		s.size[service] = 1
 	}
 	s.run("register", "api.json", "db.json", "www.json")
+	for entry := range chains {
+		_, err := s.w.call(http.MethodDelete, "/v1/config/"+entry, nil)
+		s.ts.Check(err)
+	}
 	s.more = false
 	s.settled()
 	_ = s.w.idle["session"].Close() // an open session keeps its worker alive
@@ -422,14 +428,14 @@ func (w *world) cmdSoak(ts *testscript.TestScript, _ bool, _ []string) {
 			a := s.usage(name)
 			after[name] = a
 			if a.goroutines > b.goroutines+10 || a.files > b.files+30 || a.haproxies != b.haproxies || len(a.kept) > len(b.kept)+2 || a.memory > b.memory*3/2+20 {
-				err = fmt.Errorf("%s held %+v, holds %+v; new files: %s", name, b, a, a.kept.without(b.kept))
+				err = fmt.Errorf("%s held %v, holds %v; new files: %s", name, b, a, a.kept.without(b.kept))
 			}
 		}
 		return err
 	}
 	s.rest()
 	s.eventually("what was held is let go", worse)
-	fmt.Printf("soak: HAProxy %s: %v; %d+%d calls, %d intrusions refused, slowest step %s; held before %+v, after %+v\n", w.version, s.took,
+	fmt.Printf("soak: HAProxy %s: %v; %d+%d calls, %d intrusions refused, slowest step %s; held before %v, after %v\n", w.version, s.took,
 		w.loads["api"].good.Load(), w.loads["db"].good.Load(), tries.Load(), s.slow.Round(time.Millisecond), before, after)
 }
 
