@@ -30,6 +30,7 @@ type Route struct {
 	Request HeaderEdits // after those of the split that is taken
 	Answer  HeaderEdits
 	Splits  []Split // at least one
+	Origin  string  // what in Consul says so, in words
 }
 
 // HTTPMatch is a condition on a request. The zero value matches everything.
@@ -97,6 +98,7 @@ type Split struct {
 	Group   GroupName
 	Request HeaderEdits
 	Answer  HeaderEdits
+	Origin  string // what in Consul says so, in words; "" of what no entry splits
 }
 
 // Groups visits every group that the chain leads to, as often as splits name it.
@@ -123,6 +125,11 @@ type Group struct {
 	Limits     Limits
 	Passive    *PassiveHealth // nil: none asked for
 	ForwardFor bool           // tell the client's address in X-Forwarded-For
+	Affinity   string         // a cookie that keeps a client at its endpoint; "": none
+	SlowStart  time.Duration  // how long a new endpoint takes to get its whole share; 0: none
+	Queue      Queue
+	Snippet    SnippetName // its lines, in every backend of the group; "": none
+	Origin     string      // what in Consul says so, in words
 }
 
 // Balance is how the endpoints of a target are chosen. The zero value takes them in turn,

@@ -48,6 +48,8 @@ type Listener struct {
 	Idle time.Duration // silence that ends a connection; 0: the default of every listener
 	// MaxConnections limits the connections; one more is refused at once. nil: unlimited.
 	MaxConnections *int
+	Extras         Extras
+	Origin         string   // what in Consul says so, in words
 	Branches       []Branch // the first that matches
 }
 

@@ -73,14 +73,15 @@ type Snapshot struct {
 	Incoming  TLS       // of callers' connections
 	Outgoing  TLS       // of our connections to the mesh
 	Telemetry Telemetry
-	Notices   []Notice // sorted
+	Snippets  map[SnippetName]string // lines, each with its end; none is empty
+	Notices   []Notice               // sorted
 }
 
 // Same reports whether two snapshots are equal; nouns are compared by their pointers.
 func (s *Snapshot) Same(o *Snapshot) bool {
 	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry && s.Incoming == o.Incoming && s.Outgoing == o.Outgoing &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Groups, o.Groups) && slices.Equal(s.Targets, o.Targets) &&
-		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && slices.Equal(s.Notices, o.Notices)
+		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && maps.Equal(s.Snippets, o.Snippets) && slices.Equal(s.Notices, o.Notices)
 }
 
 // Leaf returns the proxy's own leaf.

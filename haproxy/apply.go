@@ -94,6 +94,7 @@ func without(list []*connect.Listener, refused []*render.Refused) []*connect.Lis
 
 func (m *Manager) done(now applied) {
 	m.applied = now
+	m.keep(now.ran)
 	m.mu.Lock()
 	m.status.Ready, m.status.Running = true, now.running
 	m.status.Deleting = len(m.deleting)
@@ -191,7 +192,33 @@ func (m *Manager) reload(ctx context.Context, want *render.Config, plan Plan) (e
 	m.status.LastReload = string(plan.Reload) + ": " + plan.Detail
 	m.mu.Unlock()
 	m.newWorker()
+	m.tidy(want)
 	return nil
+}
+
+// tidy removes the files that only the configuration before read.
+func (m *Manager) tidy(want *render.Config) {
+	if m.running == nil {
+		return
+	}
+	remove := func(name string) {
+		if err := os.Remove(filepath.Join(m.conf.Dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			m.conf.Log.Warn("a file that is not needed any more stays", "error", err)
+		}
+	}
+	unneeded(m.running.Files, want.Files, remove)
+	unneeded(m.running.Maps, want.Maps, remove)
+	unneeded(m.running.Leaves, want.Leaves, remove)
+	unneeded(m.running.Bundles, want.Bundles, remove)
+}
+
+// unneeded visits what is in old and not in now.
+func unneeded[T any](old, now map[string]T, visit func(name string)) {
+	for name := range old {
+		if _, needed := now[name]; !needed {
+			visit(name)
+		}
+	}
 }
 
 // newWorker tells that another worker serves now.

@@ -102,10 +102,11 @@ type Manager struct {
 	pace
 	taken    map[*connect.Listener]bool      // their address is another process's
 	excluded map[*connect.Listener]exclusion // HAProxy refuses these as they are
-	broken   bool                            // runtime state is unknown: the next step is a reload
-	unsaved  bool                            // the files are older than what runs
-	damage   string                          // a file or socket that is gone
-	deleting map[string]time.Time            // servers that get nothing new, and since when
+	snippets snippets
+	broken   bool                 // runtime state is unknown: the next step is a reload
+	unsaved  bool                 // the files are older than what runs
+	damage   string               // a file or socket that is gone
+	deleting map[string]time.Time // servers that get nothing new, and since when
 	lastErr  string
 }
 
@@ -332,8 +333,8 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.D
 	}
 	m.since = time.Time{}
 	if err := m.reload(ctx, want, plan); err != nil {
-		if m.exclude(next.ran, want, err) {
-			return time.Millisecond, nil // try again at once, without the refused upstream
+		if m.atFault(next.ran, want, err) {
+			return time.Millisecond, nil // try again at once, without what is refused
 		}
 		return 0, err
 	}
@@ -343,6 +344,7 @@ func (m *Manager) step(ctx context.Context, snap *connect.Snapshot) (wait time.D
 
 // render makes the configuration of what can be served, and says what cannot.
 func (m *Manager) render(snap *connect.Snapshot) (next applied, want *render.Config, err error) {
+	snap, said := m.judged(snap)
 	open, refused, err := m.listenable(snap)
 	if err != nil {
 		return next, nil, err
@@ -364,12 +366,11 @@ func (m *Manager) render(snap *connect.Snapshot) (next applied, want *render.Con
 		}
 		refused = append(refused, more...)
 	}
-	m.refusals(refused)
+	m.refusals(refused, said)
 	return applied{want, open, served{listeners: without(open.Listeners, refused)}}, want, nil
 }
 
-func (m *Manager) refusals(refused []*render.Refused) {
-	var text []string
+func (m *Manager) refusals(refused []*render.Refused, text []string) {
 	for _, r := range refused {
 		text = append(text, r.Error())
 	}

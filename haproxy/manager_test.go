@@ -179,7 +179,9 @@ func newBed(t *testing.T) *bed {
 }
 
 // want publishes upstreams by name; each digit after ":" is an endpoint.
-func (b *bed) want(ups ...string) {
+func (b *bed) want(ups ...string) { b.m.Want(b.snapshot(ups...)) }
+
+func (b *bed) snapshot(ups ...string) *connect.Snapshot {
 	s := connecttest.Snapshot(b.leaf, b.roots)
 	for i, spec := range ups {
 		name, n, _ := strings.Cut(spec, ":")
@@ -191,7 +193,7 @@ func (b *bed) want(ups ...string) {
 		up.Listener.Bind = connect.Bind{SocketPath: fmt.Sprintf("/tmp/hcm-%d.sock", i)}
 		connecttest.Add(s, up)
 	}
-	b.m.Want(s)
+	return s
 }
 
 func endpointLines(conf string) int {
@@ -493,6 +495,46 @@ func TestARefusedUpstreamIsLeftOut(t *testing.T) {
 		require.Nil(t, st.Running.Find(render.Frontend, "up_bad"))
 		require.Len(t, st.Refused, 1)
 		require.Contains(t, st.Refused[0], "HAProxy refuses its configuration")
+	})
+}
+
+// A snippet that HAProxy refuses is replaced by the last one that it took, also by another
+// Manager, and takes no upstream down.
+func TestARefusedSnippet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		defer b.stop()
+		with := func(text string) {
+			s := b.snapshot("api:1")
+			s.Snippets = map[connect.SnippetName]string{connect.DefaultsSnippet: text}
+			b.m.Want(s)
+			time.Sleep(5 * time.Second)
+		}
+		with("timeout check 3s\n")
+		require.Empty(t, b.m.Status().Refused)
+		b.proxy.mu.Lock()
+		b.proxy.refuse = "  timeout check soon"
+		b.proxy.mu.Unlock()
+		with("timeout check soon\n")
+		st := b.m.Status()
+		require.Empty(t, st.Err)
+		require.Len(t, st.Refused, 1)
+		require.Contains(t, st.Refused[0], "the last one that HAProxy took stays")
+		require.Contains(t, st.Running.Text(), "timeout check 3s")
+		require.NotNil(t, st.Running.Find(render.Frontend, "up_api"))
+
+		m := NewManager(b.m.conf) // the next process, and a HAProxy that has forgotten the word
+		snap := b.snapshot("api:1")
+		snap.Snippets = map[connect.SnippetName]string{connect.DefaultsSnippet: "timeout check soon\n"}
+		used, _ := m.judged(snap)
+		require.Contains(t, used.Snippets[connect.DefaultsSnippet], "soon", "it is tried")
+		require.True(t, m.atFault(used, st.Running, stage("check", "", errors.New("no"))))
+		used, _ = m.judged(snap)
+		require.Contains(t, used.Snippets[connect.DefaultsSnippet], "3s")
+		require.True(t, m.atFault(used, st.Running, stage("check", "", errors.New("no"))))
+		used, said := m.judged(snap)
+		require.Empty(t, used.Snippets)
+		require.Contains(t, said[0], "it is left out")
 	})
 }
 

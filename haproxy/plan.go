@@ -126,7 +126,10 @@ func (p Plan) String() string {
 func (p Plan) Empty() bool { return p.Reload == "" && len(p.Commands) == 0 }
 
 // Features are what this HAProxy can change while it runs.
-type Features struct{ CACommit bool }
+type Features struct {
+	CACommit      bool // roots
+	ServerCookies bool // servers with a cookie can be added
+}
 
 // NewPlan returns the way from running to want. running is nil while nothing runs.
 func NewPlan(running, want *render.Config, can Features) Plan {
@@ -142,6 +145,9 @@ func NewPlan(running, want *render.Config, can Features) Plan {
 		if now != want.Sections[i] {
 			p.servers(now, want.Sections[i])
 		}
+	}
+	if !can.ServerCookies && slices.ContainsFunc(p.Commands, func(c Command) bool { return c.Kind == AddServer && strings.Contains(c.Server.Options, " cookie ") }) {
+		return Plan{Reload: Structure, Detail: "this version of HAProxy cannot add an endpoint with a cookie live"}
 	}
 	p.leaves(running, want)
 	if p.bundles(running, want); p.changes(SetBundle) && !can.CACommit {

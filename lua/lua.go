@@ -22,6 +22,11 @@ var Deny string
 //go:embed routes.lua
 var Routes string
 
+// Body has the limit on a request's body.
+//
+//go:embed body.lua
+var Body string
+
 // Names shared by the script and the rendered configuration.
 const (
 	DenyFile      = "deny.lua"
@@ -29,6 +34,8 @@ const (
 	RoutesFile    = "routes.lua"
 	Joined        = "joined"    // sample fetch in Routes: a header's lines, joined
 	TotalFilter   = "lua.total" // filter in Routes: the time limit of a whole answer
+	BodyFile      = "body.lua"
+	BodyFilter    = "lua.body" // filter in Body
 	SpiffeFile    = "spiffe.lua"
 	SpiffeFilter  = "lua.spiffe"
 	SpiffeSlot    = "slot"             // argument: expected IDs are in SpiffeIDsVar

@@ -105,6 +105,7 @@ func newFlags(name string, c *config) *flag.FlagSet {
 	str(&c.adminAddr, "admin-addr", "127.0.0.1:1936", "`address:port` of status, metrics and statistics; empty for none")
 	str(&c.accessLog, "access-log", "", "access log on standard output: `off|text|json` (default: as access_logs of proxy-defaults says, else off)")
 	fs.DurationVar(&c.maxAge, "max-connection-age", 0, "how long a caller's connection may last before it must connect, and be judged, anew: `duration`, 0 for ever")
+	fs.BoolVar(&c.consul.Snippets, "allow-snippets", false, "take lines in HAProxy's own words from registrations (haproxy.snippets): whoever may write a service then decides what its HAProxy does")
 	fs.BoolVar(&c.explainDenials, "explain-denials", false, "tell denied HTTP callers why, in the response header X-Denied-Reason")
 	str(&c.originator, "originator", "haproxy", "who speaks TLS to upstreams: haproxy; go; auto (go when the self-test of haproxy fails): `haproxy|go|auto`")
 	fs.DurationVar(&c.drain, "drain-timeout", 30*time.Second, "how long open sessions may go on after a stop: `duration`")

@@ -63,7 +63,7 @@ func TestMesh(t *testing.T) {
 			ar, err := txtar.ParseFile(file)
 			require.NoError(t, err)
 			agent := meshAgent(t, ar, "www")
-			client, err := consul.NewClient(consul.Config{Addr: agent.Addr()})
+			client, err := consul.NewClient(consul.Config{Addr: agent.Addr(), Snippets: true})
 			require.NoError(t, err)
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
@@ -88,7 +88,7 @@ func TestMesh(t *testing.T) {
 			for _, one := range refused {
 				fmt.Fprintln(&notices, one)
 			}
-			got := map[string]string{"snapshot": snap.Text(), "haproxy.cfg": fewSockets(conf.Text()), "notices": notices.String()}
+			got := map[string]string{"snapshot": snap.Text(), "haproxy.cfg": fewSockets(conf.Text()), "explained": fewSockets(conf.Explained()), "notices": notices.String()}
 			for name, text := range conf.Files {
 				if filepath.Ext(name) != ".lua" {
 					got[name] = text

@@ -265,7 +265,7 @@ func (s *running) wire(ctx, dataCtx context.Context, data *errgroup.Group, id st
 	}
 	conf := haproxy.Config{
 		Inherited: inherited,
-		Dir:       s.dir, Renderer: renderer, Proxy: s.proc, Features: haproxy.Features{CACommit: f.CACommit}, Log: s.log,
+		Dir:       s.dir, Renderer: renderer, Proxy: s.proc, Features: haproxy.Features{CACommit: f.CACommit, ServerCookies: f.ServerCookies}, Log: s.log,
 		SocketDir:  func(d string) error { return process.OwnSocketDir(d, s.account) },
 		Restore:    func() error { return s.restoreDir(dataCtx, data) },
 		SocketPath: socketPath, Reloaded: s.revoke.Wake,

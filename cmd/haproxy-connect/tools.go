@@ -105,7 +105,9 @@ func once(ctx context.Context, c *config, log *slog.Logger) (*connect.Snapshot, 
 
 func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	var c config
-	if err := parse(newFlags("render", &c), &c, args); err != nil {
+	fs := newFlags("render", &c)
+	explain := fs.Bool("explain", false, "say after each line of haproxy.cfg what in Consul made it")
+	if err := parse(fs, &c, args); err != nil {
 		return err
 	}
 	if err := c.validate(); err != nil {
@@ -144,6 +146,10 @@ func cmdRender(ctx context.Context, args []string, out, errw io.Writer) error {
 	}
 	for _, r := range refused {
 		fmt.Fprintln(errw, r)
+	}
+	if *explain {
+		fmt.Fprint(out, conf.Explained())
+		return nil
 	}
 	printFiles(out, conf)
 	return nil

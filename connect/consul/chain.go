@@ -14,10 +14,11 @@ import (
 // chain is a compiled discovery chain as Consul sends it (agent/structs, discovery_chain.go):
 // the library's type leaves fields out.
 type chain struct {
-	Protocol  string
-	StartNode string
-	Nodes     map[string]*chainNode
-	Targets   map[string]*chainTarget
+	ServiceName string
+	Protocol    string
+	StartNode   string
+	Nodes       map[string]*chainNode
+	Targets     map[string]*chainTarget
 }
 
 type chainNode struct {
@@ -78,6 +79,7 @@ type chainSplit struct {
 
 type chainResolver struct {
 	ConnectTimeout, RequestTimeout span
+	Default                        bool // no entry made it
 	Target                         string
 	Failover                       *struct{ Targets []string }
 }

@@ -35,13 +35,15 @@ type Config struct {
 	Token, TokenFile                                     string
 	CAFile, CAPath, ClientCert, ClientKey, TLSServerName string
 	Namespace, Partition                                 string
+	Snippets                                             bool // lines in HAProxy's own words are taken from registrations
 }
 
 // Client talks to one agent.
 type Client struct {
-	api  *api.Client
-	addr string
-	wait atomic.Int64 // of blocking queries, as time.Duration; see shorten
+	api      *api.Client
+	addr     string
+	snippets bool         // see Config
+	wait     atomic.Int64 // of blocking queries, as time.Duration; see shorten
 }
 
 // NewClient checks the configuration without connecting. Errors name the flag.
@@ -106,7 +108,7 @@ func NewClient(c Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("Consul client: %w", err)
 	}
-	out := &Client{api: client, addr: conf.Address}
+	out := &Client{api: client, addr: conf.Address, snippets: c.Snippets}
 	out.wait.Store(int64(waitTime))
 	transport, ok := conf.HttpClient.Transport.(*http.Transport) // the library's own, for unix sockets another one
 	if !ok {

@@ -119,6 +119,9 @@ func (c *compiler) route(in *chainRoute, number int) (out connect.Route, err err
 			out.Request, out.Answer = c.edits(to.RequestHeaders, key), c.edits(to.ResponseHeaders, key)
 		}
 	}
+	if in.Definition != nil {
+		out.Origin = fmt.Sprintf("service-router %s, route %d", c.chain.ServiceName, number)
+	}
 	out.Splits, err = c.splits(in.NextNode)
 	return out, err
 }
@@ -145,7 +148,7 @@ func (c *compiler) splits(next string) (out []connect.Split, err error) {
 		return []connect.Split{{Weight: connect.Whole, Group: connect.GroupName(next)}}, c.resolve(next)
 	}
 	for _, s := range node.Splits {
-		one := connect.Split{Weight: int(math.Round(s.Weight * 100)), Group: connect.GroupName(s.NextNode)}
+		one := connect.Split{Weight: int(math.Round(s.Weight * 100)), Group: connect.GroupName(s.NextNode), Origin: "service-splitter " + service(node.Name)}
 		if s.Definition != nil {
 			one.Request, one.Answer = c.edits(s.Definition.RequestHeaders, "service-splitter"), c.edits(s.Definition.ResponseHeaders, "service-splitter")
 		}
@@ -160,6 +163,12 @@ func (c *compiler) splits(next string) (out []connect.Split, err error) {
 	return out, nil
 }
 
+// service is whose splitter a node is: nodes are named "service.namespace.partition".
+func service(node string) string {
+	name, _, _ := strings.Cut(node, ".default.default")
+	return name
+}
+
 // resolve makes the group of a resolver node, once.
 func (c *compiler) resolve(name string) error {
 	node := c.chain.Nodes[name]
@@ -170,7 +179,10 @@ func (c *compiler) resolve(name string) error {
 		return nil
 	}
 	r := node.Resolver
-	g := &resolvedGroup{node: name, group: connect.Group{Connect: defaultConnect}}
+	g := &resolvedGroup{node: name, group: connect.Group{Connect: defaultConnect, Origin: "the default service-resolver"}}
+	if t := c.chain.Targets[r.Target]; t != nil && !r.Default {
+		g.group.Origin = "service-resolver " + t.Service
+	}
 	if t := r.ConnectTimeout.within(); t > 0 {
 		g.group.Connect = t
 	}

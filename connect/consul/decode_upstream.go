@@ -31,6 +31,7 @@ type declared struct {
 	limits   connect.Limits
 	passive  *connect.PassiveHealth
 	poll     time.Duration
+	extras   extras
 }
 
 // upstreams decodes the upstreams of a registration. A broken upstream is left out
@@ -189,6 +190,7 @@ func (d *declared) settings(u api.Upstream, n *connect.Notices) {
 		}
 		h.rest()
 	}
+	d.extras = k.extras(true)
 	k.balance("balance_outbound_connections") // HAProxy spreads connections over its threads anyway
 	k.get("mesh_gateway")                     // Consul merges it in; the structured field says the same
 	k.rest()

@@ -25,6 +25,7 @@ type inbound struct {
 	checks       bool // expose.checks
 	telemetry    connect.Telemetry
 	accessLog    connect.AccessLog
+	extras       extras
 }
 
 // exposed is one exact path of the application that is open without mutual TLS.
@@ -58,6 +59,9 @@ func (in *inbound) binds() []connect.Bind {
 	return out
 }
 
+// registered is the origin of what a registration says; Consul merges two entries into it.
+const registered = "registration, with service-defaults and proxy-defaults"
+
 // Names of the groups, and of their targets, that are the application.
 const (
 	appGroup        = "local_app"
@@ -70,7 +74,7 @@ func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool, checks 
 	if in.bind.Port == 0 {
 		return
 	}
-	public := &connect.Listener{Name: "public", Role: connect.Public, Bind: in.bind, Idle: in.idle, MaxConnections: in.most,
+	public := &connect.Listener{Name: "public", Role: connect.Public, Bind: in.bind, Idle: in.idle, MaxConnections: in.most, Extras: in.extras.listener, Origin: registered,
 		Branches: []connect.Branch{{Protocol: in.protocol, Guard: guard, Chain: connect.Direct(appGroup)}}}
 	app := &connect.Group{Name: appGroup, Protocol: in.protocol, Connect: in.connect, Idle: in.idle, ForwardFor: in.forwardFor,
 		Limits: connect.Limits{MaxConnections: in.most}}
@@ -84,7 +88,7 @@ func (in *inbound) add(to *nouns, guard *connect.Guard, permissive bool, checks 
 	to.listener(public)
 	in.group(to, app, in.app)
 	if in.unsecured != 0 {
-		to.listener(&connect.Listener{Name: "unsecured", Role: connect.Open, Opened: "unsecured_bind_port", Bind: in.unsecuredBind(),
+		to.listener(&connect.Listener{Name: "unsecured", Role: connect.Open, Opened: "unsecured_bind_port", Origin: registered, Bind: in.unsecuredBind(),
 			Branches: []connect.Branch{{Protocol: in.protocol, Chain: connect.Direct(appGroup)}}})
 	}
 	in.exposed(to, "expose.paths", in.expose)
@@ -110,7 +114,7 @@ func (in *inbound) exposed(to *nouns, setting string, list []exposed) {
 		if i+1 < len(list) && list[i+1].port == e.port {
 			continue
 		}
-		to.listener(&connect.Listener{Name: name, Role: connect.Open, Opened: setting, From: e.from, Bind: in.exposeBind(e.port),
+		to.listener(&connect.Listener{Name: name, Role: connect.Open, Opened: setting, From: e.from, Origin: registered, Bind: in.exposeBind(e.port),
 			Branches: []connect.Branch{{Protocol: connect.HTTP, Chain: chain}}})
 		chain = connect.Chain{}
 	}
@@ -118,7 +122,7 @@ func (in *inbound) exposed(to *nouns, setting string, list []exposed) {
 
 // group makes a group of the application, and its target of the same name.
 func (in *inbound) group(to *nouns, g *connect.Group, app connect.Endpoint) {
-	g.Targets = []connect.TargetName{connect.TargetName(g.Name)}
+	g.Targets, g.Origin = []connect.TargetName{connect.TargetName(g.Name)}, registered
 	to.group(g)
 	to.target(&connect.Target{Name: g.Targets[0], Dial: connect.Dial{How: connect.App}, Endpoints: []connect.Endpoint{app}})
 }

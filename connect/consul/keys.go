@@ -203,6 +203,32 @@ func (k *keys) sub(name string) *keys {
 	return newKeys(k.where, m, k.notices)
 }
 
+// blocks opens every map of a list; a single map is a list of one.
+func (k *keys) blocks(name string) (out []*keys) {
+	k.asked[name] = true
+	var list []any
+	switch v := k.m[name].(type) {
+	case nil:
+	case []any:
+		list = v
+	case []map[string]any:
+		for _, m := range v {
+			list = append(list, m)
+		}
+	default:
+		list = []any{v}
+	}
+	for _, v := range list {
+		m, isMap := v.(map[string]any)
+		if !isMap {
+			k.bad(name, v, "a map")
+			continue
+		}
+		out = append(out, newKeys(k.where, m, k.notices))
+	}
+	return out
+}
+
 // envoyOnly are keys for other proxies, mostly Envoy (Consul docs), and why they are ignored;
 // "": the key is Envoy's own.
 var envoyOnly = map[string]string{

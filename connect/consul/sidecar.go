@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"reflect"
 	"slices"
 
@@ -140,7 +141,8 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 		notices = append(notices, u.notices()...)
 	}
 	k.nouns = now
-	snap = &connect.Snapshot{Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
+	snippets := k.snippets(&notices)
+	snap = &connect.Snapshot{Snippets: snippets, Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
 		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: k.bundles(st, roots)}
 	now.into(snap)
 	return snap, slow
@@ -170,4 +172,28 @@ func (k *sidecar) decides(p connect.Proxy, list []intentions.Intention, allow bo
 		k.policy, k.policyFor = intentions.NewPolicy(conf), conf
 	}
 	return k.policy
+}
+
+// snippets are the lines in HAProxy's own words, if they are allowed.
+func (k *sidecar) snippets(n *connect.Notices) map[connect.SnippetName]string {
+	out := map[connect.SnippetName]string{}
+	add := func(where string, list map[connect.SnippetName]string, own connect.SnippetName) {
+		for name, text := range list {
+			if !k.client.snippets {
+				n.Add(where, "haproxy snippet "+string(name), "", "it is only used with -allow-snippets")
+				continue
+			}
+			out[cmp.Or(own, name)] = text
+		}
+	}
+	add("proxy", k.inbound.extras.snippets, "")
+	for _, d := range k.declared {
+		add(d.where, d.extras.snippets, ownSnippet(d))
+	}
+	return out
+}
+
+// ownSnippet names the lines of one upstream.
+func ownSnippet(d *declared) connect.SnippetName {
+	return connect.UpstreamSnippet + " " + connect.SnippetName(d.name)
 }

@@ -69,10 +69,16 @@ func (u *upstream) make(c *compiled) *made {
 	if idle == 0 {
 		idle = idleOf(protocol)
 	}
+	extras := u.extras.fit(protocol, u.where, &m.notices)
+	snippet := connect.UpstreamSnippet
+	if extras.snippets[snippet] != "" {
+		snippet = ownSnippet(u.declared)
+	}
 	longest := time.Duration(0)
 	for _, r := range c.groups {
 		g := r.group
 		g.Protocol, g.Idle, g.Limits, g.Passive = protocol, idle, u.limits, u.passive
+		g.Affinity, g.SlowStart, g.Queue, g.Snippet = extras.affinity, extras.slow, extras.queue, snippet
 		if u.connect > 0 {
 			g.Connect = u.connect
 		}
@@ -85,7 +91,7 @@ func (u *upstream) make(c *compiled) *made {
 		}
 		m.groups = append(m.groups, &g)
 	}
-	m.listener = &connect.Listener{Name: u.declared.name, Role: connect.Local, Bind: u.bind, Branches: []connect.Branch{{Protocol: protocol, Chain: connect.Chain{Routes: c.routes}}}}
+	m.listener = &connect.Listener{Name: u.declared.name, Role: connect.Local, Bind: u.bind, Extras: extras.listener, Origin: registered + ": " + u.where, Branches: []connect.Branch{{Protocol: protocol, Chain: connect.Chain{Routes: c.routes}}}}
 	if protocol.IsHTTP() {
 		idle = max(idle, defaultHTTPIdle) // the client may be idle longer than a request may take
 	} else {

@@ -54,6 +54,7 @@ type Features struct {
 	DropTrailers  bool // 3.2: option http-drop-request-trailers
 	LuaBool       bool // 3.1: wants tune.lua.bool-sample-conversion
 	SPOP          bool // 3.1: mode spop
+	ServerCookies bool // 3.0: servers with a cookie can be added while it runs
 	CACommit      bool // 3.2.8: `commit ssl ca-file` works (haproxy/haproxy#3165)
 }
 
@@ -70,6 +71,7 @@ func (v Version) Features() Features {
 		DropTrailers:  !v.Less(3, 2, 0),
 		LuaBool:       !v.Less(3, 1, 0),
 		SPOP:          !v.Less(3, 1, 0),
+		ServerCookies: !v.Less(3, 0, 0),
 		CACommit:      !v.Less(3, 2, 8),
 	}
 }
@@ -80,7 +82,7 @@ func (f Features) Names() []string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.HelloTimeout, "hello-timeout"}, {f.DropTrailers, "drop-trailers"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.CACommit, "ca-commit"}} {
+	}{{f.SyncReload, "sync-reload"}, {f.WaitRemovable, "wait-removable"}, {f.HelloTimeout, "hello-timeout"}, {f.DropTrailers, "drop-trailers"}, {f.LuaBool, "lua-bool"}, {f.SPOP, "spop"}, {f.ServerCookies, "server-cookies"}, {f.CACommit, "ca-commit"}} {
 		if x.on {
 			out = append(out, x.name)
 		}

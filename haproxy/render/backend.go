@@ -72,6 +72,7 @@ func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 		if err := f.mesh(b, p); err != nil {
 			return nil, err
 		}
+		f.snippet(b, g.Snippet)
 	}
 	fresh[name] = p
 	if old != nil && old.head.madeOf(b, comment) && samePassive(old.head.Passive, g.Passive) {
@@ -83,7 +84,7 @@ func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 		delete(fresh, name)
 		return nil, err
 	}
-	sec.Role, sec.Group = connect.Public, g.Name
+	sec.Role, sec.Group, sec.Origin = connect.Public, g.Name, g.Origin
 	if t.Dial.How == connect.Mesh {
 		sec.Role, sec.Target, sec.Passive = connect.Local, t.Name, g.Passive
 	}
@@ -163,7 +164,16 @@ func (f *file) mesh(b *builder, p *pool) error {
 		b.add("timeout tunnel %s", ms(g.Idle))
 	}
 	b.add("timeout connect %s", ms(g.Connect)).add("timeout server %s", ms(g.Idle))
+	b.because(g.Origin)
 	balance(b, &g.Balance)
+	b.because("")
+	if g.Affinity != "" {
+		b.add("cookie %s httponly indirect nocache insert", b.check("cookie", g.Affinity))
+	}
+	waiting(b, g)
+	if wait := g.Queue.Timeout; wait > 0 && !http {
+		b.add("timeout queue %s", ms(wait))
+	}
 	switch class := f.classOf(g, t); {
 	case http:
 		f.requestsTo(b, p)
@@ -184,7 +194,11 @@ func (f *file) mesh(b *builder, p *pool) error {
 // requestsTo is what a backend of the mesh does with requests.
 func (f *file) requestsTo(b *builder, p *pool) {
 	g, v := p.group, &p.variant
-	b.add("timeout queue %s", ms(min(g.Idle, defaultQueue)))
+	wait := min(g.Idle, defaultQueue)
+	if g.Queue.Timeout > 0 {
+		wait = g.Queue.Timeout
+	}
+	b.add("timeout queue %s", ms(wait))
 	b.add("http-reuse always")
 	if v.total {
 		b.add("filter %s", lua.TotalFilter)
@@ -429,7 +443,7 @@ func (f *file) servers(p *pool, ids []int) *Section {
 	ids20 := hashIDs(g, t)
 	for i := range t.Endpoints {
 		e := &t.Endpoints[i]
-		s := Server{Name: e.Name, Weight: min(max(e.Weight, 1), 256), MaxConn: maxConn(g, t)}
+		s := Server{Name: e.Name, Weight: min(max(e.Weight, 1), 256), MaxConn: queued(g, maxConn(g, t))}
 		if p.class != nil {
 			s.Slot = Slot{Class: sec.class, ID: ids[i]}
 			s.Address = "unix@" + f.path(SlotSocket(s.Slot))
@@ -440,6 +454,7 @@ func (f *file) servers(p *pool, ids []int) *Section {
 			s.Address = net.JoinHostPort(e.Address, strconv.Itoa(e.Port))
 			s.Options = f.tlsOptions(Class{Leaf: t.Dial.Leaf, Bundle: t.Dial.Bundle})
 		}
+		s.Options += serverExtras(g, net.JoinHostPort(e.Address, strconv.Itoa(e.Port)))
 		if ids20 != nil {
 			s.Options += " id " + strconv.Itoa(ids20[i])
 			s.Weight = min(16*s.Weight, 256) // so many points in the ring

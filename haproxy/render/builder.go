@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/haproxy-connect/haproxy-connect/connect"
+
 	parser "github.com/haproxytech/config-parser/v5"
 	"github.com/haproxytech/config-parser/v5/options"
 )
@@ -35,6 +37,10 @@ type builder struct {
 	purpose string // tells sections without a name apart
 	from    string // the defaults that the section inherits
 	lines   []string
+	origin  string            // of the lines that are added now; "" is that of the section
+	origins map[string]string // of lines that have another one than the section
+	snippet connect.SnippetName
+	raw     []string // lines of the snippet, which come last
 	err     error
 }
 
@@ -69,6 +75,12 @@ func (b *builder) add(format string, args ...any) *builder {
 	if strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 		b.fail(fmt.Errorf("%s %s: control character in line %q", b.kind, b.name, line))
 	}
+	if b.origin != "" {
+		if b.origins == nil {
+			b.origins = map[string]string{}
+		}
+		b.origins[line] = b.origin
+	}
 	b.lines = append(b.lines, line)
 	return b
 }
@@ -77,6 +89,12 @@ func (b *builder) fail(err error) {
 	if b.err == nil {
 		b.err = err
 	}
+}
+
+// because sets the origin of the lines that follow; "" is that of the section.
+func (b *builder) because(origin string) *builder {
+	b.origin = origin
+	return b
 }
 
 // check is a value that may stand in a line; the section fails if it may not.
@@ -126,12 +144,17 @@ func (b *builder) build(comment string) (*Section, error) {
 	if n := strings.Count(text, "\n"); n != len(b.lines)+1 {
 		return nil, fmt.Errorf("%s: config-parser made %d lines of %d", title, n, len(b.lines)+1)
 	}
-	sec := &Section{ID: b.id(), Kind: b.kind, Name: b.name, Comment: comment, Head: text, lines: b.text()}
+	if b.snippet != "" { // not through the parser, which does not know every word
+		text += "  # snippet " + string(b.snippet) + "\n  " + strings.Join(b.raw, "\n  ") + "\n"
+	}
+	sec := &Section{ID: b.id(), Kind: b.kind, Name: b.name, Comment: comment, Head: text, Snippet: b.snippet, lines: b.text(), origins: b.origins}
 	sec.text = sec.assemble()
 	return sec, nil
 }
 
-func (b *builder) text() string { return strings.Join(b.lines, "\n") }
+func (b *builder) text() string {
+	return strings.Join(b.lines, "\n") + "\x00" + string(b.snippet) + "\x00" + strings.Join(b.raw, "\n")
+}
 
 // madeOf reports whether a section was made of just this.
 func (s *Section) madeOf(b *builder, comment string) bool {

@@ -147,11 +147,14 @@ type Section struct {
 	Group    connect.GroupName      // of a backend
 	Target   connect.TargetName     // of a backend whose servers are endpoints of the mesh
 	Comment  string
-	Head     string // ends in a newline
+	Snippet  connect.SnippetName // whose lines end Head; "": it has none
+	Origin   string              // what in Consul made the section, in words; "": it is always there
+	Head     string              // ends in a newline
 	Servers  []Server
-	class    string // of the slots its servers use
-	lines    string // what Head was made of
-	text     string // as in the file
+	class    string            // of the slots its servers use
+	lines    string            // what Head was made of
+	text     string            // as in the file
+	origins  map[string]string // of lines that something else made
 }
 
 // Title is the first line of a section, without the defaults that it inherits.
@@ -216,6 +219,48 @@ func (c *Config) WriteTo(w io.Writer) (int64, error) {
 		n += more
 	}
 	return int64(n), b.Flush()
+}
+
+// Explained is the whole haproxy.cfg with what made each line: of a section before it, of a
+// line that something else made after it.
+func (c *Config) Explained() string {
+	var b strings.Builder
+	b.WriteString(firstLine)
+	for _, s := range c.Sections {
+		origin := cmp.Or(s.Origin, "haproxy-connect itself")
+		inSnippet := false
+		for line := range strings.Lines(s.text) {
+			line = strings.TrimSuffix(line, "\n")
+			text := strings.TrimSpace(line)
+			inSnippet = inSnippet || strings.HasPrefix(text, "# snippet ")
+			why := s.origins[text]
+			switch {
+			case strings.HasPrefix(text, "server ") && s.Target != "":
+				why = "instances of " + string(s.Target)
+			case inSnippet:
+				why = "registration, snippet " + string(s.Snippet)
+			}
+			if strings.HasPrefix(line, "# ") {
+				why = origin
+			}
+			b.WriteString(line)
+			if text != "" && why != "" && (why != origin || strings.HasPrefix(line, "# ")) {
+				b.WriteString("   # <- " + plainText(why))
+			}
+			b.WriteString("\n")
+		}
+	}
+	return b.String()
+}
+
+// plainText is text from Consul within a comment.
+func plainText(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // Text is the whole haproxy.cfg.

@@ -3,7 +3,10 @@ package render
 import (
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
+
+	"github.com/hashicorp/go-multierror"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
@@ -25,7 +28,7 @@ func (f *file) callers(l *connect.Listener) (out []*Section) {
 	add := func(b *builder, comment string) {
 		if sec := f.must(b, comment); sec != nil {
 			own := *sec
-			own.Role, own.Listener = l.Role, l.Name
+			own.Role, own.Listener, own.Origin = l.Role, l.Name, l.Origin
 			out = append(out, &own)
 		}
 	}
@@ -38,6 +41,11 @@ func (f *file) callers(l *connect.Listener) (out []*Section) {
 		return out
 	}
 	f.Files[SPOEFile] = f.spoe(l)
+	if counters, err := f.tables(l); err != nil {
+		f.wrong = multierror.Append(f.wrong, err)
+	} else {
+		out = append(out, counters...)
+	}
 	add(f.public(l), "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
 	if plain := plainBranch(l); plain != nil {
 		const warning = "WARNING: permissive mutual TLS, plain connections are let in without intentions"
@@ -91,7 +99,9 @@ func (f *file) public(l *connect.Listener) *builder {
 	} else {
 		judgeConnections(b)
 	}
-	return b
+	rates(b, l)
+	body(b, l)
+	return f.snippet(b, connect.PublicSnippet)
 }
 
 // most refuses at once what would be more than a listener's connections.
@@ -208,6 +218,8 @@ func (f *file) upstream(made *front, to [][]way, before *front) error {
 	f.log(b, http)
 	b.add("timeout client %s", ms(l.Idle))
 	most(b, l)
+	rates(b, l)
+	body(b, l)
 	if http {
 		if one := &to[0][0]; !one.limit {
 			limit(b, one.group, fmt.Sprintf("be_conn(%s)", one.backend(0)))
@@ -227,7 +239,7 @@ func (f *file) upstream(made *front, to [][]way, before *front) error {
 		direct(b, &to[0][0])
 	}
 	comment := fmt.Sprintf("upstream %s: %s, what the application calls", l.Name, protocol)
-	if before != nil && before.sections[0].madeOf(b, comment) {
+	if before != nil && before.sections[0].madeOf(b, comment) && slices.Equal(before.listener.Extras.Rates, l.Extras.Rates) {
 		made.sections = before.sections
 		return nil
 	}
@@ -235,9 +247,10 @@ func (f *file) upstream(made *front, to [][]way, before *front) error {
 	if err != nil {
 		return err
 	}
-	sec.Role, sec.Listener = l.Role, l.Name
-	made.sections = []*Section{sec}
-	return nil
+	sec.Role, sec.Listener, sec.Origin = l.Role, l.Name, l.Origin
+	counters, err := f.tables(l)
+	made.sections = append([]*Section{sec}, counters...)
+	return err
 }
 
 // says makes errors of our own tell who is speaking: the application, its sidecar and

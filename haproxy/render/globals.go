@@ -42,10 +42,14 @@ func (f *file) process() {
 		f.Files[lua.RoutesFile] = lua.Routes
 		f.add(global("routes").add("lua-load-per-thread %s", f.path(lua.RoutesFile)), "conditions and time limits of routes")
 	}
-	f.add(f.settings(f.snap.Incoming, f.snap.Outgoing), "the process")
+	if slices.ContainsFunc(f.snap.Listeners, limitsBodies) {
+		f.Files[lua.BodyFile] = lua.Body
+		f.add(global("bodies").add("lua-load-per-thread %s", f.path(lua.BodyFile)), "limits of requests' bodies")
+	}
+	f.add(f.snippet(f.settings(f.snap.Incoming, f.snap.Outgoing), connect.GlobalSnippet), "the process")
 	f.limits = len(f.Sections)
 	f.Sections = append(f.Sections, nil) // see limit
-	f.add(defaults(), "defaults of every proxy below")
+	f.add(f.snippet(defaults(), connect.DefaultsSnippet), "defaults of every proxy below")
 	f.add(section(Defaults, httpDefaults+" from "+allDefaults).add("option abortonclose"), "what is asked of an application ends with who asked")
 	f.add(f.admin(), "statistics and metrics, for haproxy-connect alone")
 	if f.snap.Public() != nil {
@@ -91,8 +95,10 @@ func (o *Options) settings(in, out connect.TLS) *builder {
 	// Both are needed to switch resumption off: a resumed session is not verified again.
 	g.add("tune.ssl.cachesize 0")
 	g.add("tune.ssl.default-dh-param 2048")
+	g.because("mesh entry")
 	tlsOf(g, "bind", in)
 	tlsOf(g, "server", out)
+	g.because("")
 	// Sizes as Envoy under Consul has them: 60 KiB of headers in a few hundred lines, and room
 	// for our own. They are the same in every proxy: a request that is too large for the next
 	// proxy would end the other requests on the same connection of HTTP/2.

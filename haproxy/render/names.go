@@ -154,6 +154,12 @@ func slotID(n int) int { return 1000 + n }
 // Key is a slot's key in the map of its class.
 func (s Slot) Key() string { return strconv.Itoa(slotID(s.ID)) }
 
+// rateTable is the backend that counts for one of a listener's rates. Listeners' own names have no
+// colon.
+func rateTable(l *connect.Listener, n int) string {
+	return fmt.Sprintf("%s:rate:%d", frontendName(l), n+1)
+}
+
 // relayBackend is one of those that a relay passes connections on to.
 func relayBackend(n int) string { return fmt.Sprintf("relay_%d", n) }
 

@@ -18,11 +18,12 @@ import (
 // Renderer keeps the sections of nouns that have not changed since the last call; the
 // result is the same as without it.
 type Renderer struct {
-	opt    Options
-	access connect.AccessLog // of the last snapshot
-	memory memory
-	ledger *ledger // of last
-	last   *Config // the Config that ledger and memory belong to; nil: they belong to none
+	opt      Options
+	access   connect.AccessLog // of the last snapshot
+	snippets map[connect.SnippetName]string
+	memory   memory
+	ledger   *ledger // of last
+	last     *Config // the Config that ledger and memory belong to; nil: they belong to none
 }
 
 // New makes a renderer for one run directory.
@@ -79,8 +80,8 @@ func (r *Renderer) Render(s *connect.Snapshot, prev *Config) (*Config, []*Refuse
 	if s.Leaf() == nil && slices.ContainsFunc(s.Listeners, func(l *connect.Listener) bool { return l.Role == connect.Public || l.Role == connect.Local }) {
 		return nil, nil, errors.New("no leaf")
 	}
-	if r.access != s.AccessLog {
-		r.access, r.memory, r.last = s.AccessLog, memory{}, nil // every frontend has another access log
+	if r.access != s.AccessLog || !maps.Equal(r.snippets, s.Snippets) {
+		r.access, r.snippets, r.memory, r.last = s.AccessLog, s.Snippets, memory{}, nil // they are in sections of any noun
 	}
 	f := r.begin(s, prev)
 	f.process()
@@ -208,7 +209,7 @@ func (f *file) must(b *builder, comment string) *Section {
 
 // build makes a section, or finds the one made of the same lines last time.
 func (f *file) build(b *builder, comment string) (*Section, error) {
-	key := comment + "\x00" + b.id() + "\x00" + strings.Join(b.lines, "\x00")
+	key := comment + "\x00" + b.id() + "\x00" + b.text()
 	sec := f.old.sections[key]
 	if sec == nil || b.err != nil {
 		var err error

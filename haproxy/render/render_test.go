@@ -486,3 +486,12 @@ func TestMerge(t *testing.T) {
 	again := mustRender(t, next, Options{}, merged)
 	require.Equal(t, used(want, "h1-5000"), used(again, "h1-5000"))
 }
+
+func TestCheckSnippet(t *testing.T) {
+	for _, good := range []string{"timeout check 3s\n", "http-request set-header x \"a b\"\n\thttp-request del-header y\n", "# backend\n", "\n"} {
+		require.NoError(t, CheckSnippet(good), good)
+	}
+	for _, bad := range []string{"backend x\n", "  frontend\ty\n", ".if 0\n", "a\rb\n", "a\x00\n", "timeout check 3s\nlisten x\n"} {
+		require.Error(t, CheckSnippet(bad), bad)
+	}
+}

@@ -131,8 +131,10 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 	n := newNaming(b)
 	n.headers(c)
 	for i := range c.Routes {
+		b.because(c.Routes[i].Origin)
 		n.route(&c.Routes[i], i+1)
 	}
+	b.because("")
 	most, depth := 1, 1
 	for i := range to {
 		most = max(most, len(to[i]))
@@ -154,6 +156,7 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 	for i := range c.Routes {
 		n.changes(&c.Routes[i], i+1)
 	}
+	b.because("")
 	b.add("%s", "use_backend %[var(txn.be)]")
 	made.live = live(key, c, to)
 }
@@ -422,9 +425,11 @@ func (n *naming) changes(r *connect.Route, number int) {
 		if i+1 < len(r.Splits) {
 			leg = fmt.Sprintf("{ var(txn.leg) -m int %d }", i+1)
 		}
+		n.b.because(r.Splits[i].Origin)
 		n.edit("http-request", &r.Splits[i].Request, when+" "+leg)
 		n.edit("http-response", &r.Splits[i].Answer, when+" "+leg)
 	}
+	n.b.because(r.Origin)
 	n.edit("http-request", &r.Request, when)
 	n.edit("http-response", &r.Answer, when)
 	if silence := silenceOf(r); silence > 0 {

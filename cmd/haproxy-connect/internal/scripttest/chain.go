@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/cookiejar"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -136,7 +137,6 @@ func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string 
 	file := filepath.Join(w.dir, name+".hcl")
 	ts.Check(os.WriteFile(file, fmt.Appendf(nil, `data_dir = %q
 datacenter = %q
-primary_datacenter = "dc1"
 retry_join_wan = ["127.0.0.1:%s"]
 server = true
 bootstrap_expect = 1
@@ -147,7 +147,7 @@ connect { enabled = true }
 acl { enabled = true, default_policy = %q, enable_token_replication = true, tokens { replication = "mastertoken", agent = "mastertoken" } }
 ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
 `, filepath.Join(w.dir, name), name, serfWAN.FindSubmatch(primary)[1], w.policy, p[0], p[1], p[2], p[3]), 0o600))
-	cmd := exec.Command(w.consul, "agent", "-config-file", file, "-node", name+"-node")
+	cmd := exec.Command(w.consul, "agent", "-config-file", file, "-config-file", w.more, "-node", name+"-node")
 	out := &logBuffer{}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -183,5 +183,39 @@ func (w *world) cmdTruncated(ts *testscript.TestScript, _ bool, args []string) {
 	b, err := io.ReadAll(res.Body)
 	if took := time.Since(begun); err == nil || len(b) == 0 || took < least || took > most {
 		ts.Fatalf("%s: %d bytes in %s, then %v\n%s", args[0], len(b), took, err, w.allLogs())
+	}
+}
+
+// cmdStays runs "stays URL N": each of eight clients with cookies must be answered by one application
+// N times, and not all by the same; "! stays": by more than one.
+func (w *world) cmdStays(ts *testscript.TestScript, neg bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	err = eventually(patience, func() error { // a new endpoint may be slow to get its share
+		all := map[string]bool{}
+		for range 8 {
+			jar, err := cookiejar.New(nil)
+			ts.Check(err)
+			client := &http.Client{Timeout: 10 * time.Second, Jar: jar}
+			own := map[string]bool{}
+			for range n {
+				who, err := answerOf(client, args[0], "x-none", "")
+				ts.Check(err)
+				own[who], all[who] = true, true
+			}
+			if len(own) > 1 && !neg {
+				ts.Fatalf("answered by %v\n%s", own, w.allLogs())
+			}
+			if len(own) == 1 && neg {
+				return fmt.Errorf("only %v answer", own)
+			}
+		}
+		if len(all) < 2 {
+			return fmt.Errorf("only %v answer", all)
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("%v\n%s", err, w.allLogs())
 	}
 }

@@ -32,9 +32,6 @@ func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) > 1 {
 		extra = fmt.Sprintf("default_intention_policy = %q\n", args[1])
 	}
-	if len(args) > 2 {
-		extra += args[2] + "\n"
-	}
 	var p [5]int
 	for i := range p {
 		var err error
@@ -57,6 +54,11 @@ ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -
 	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
 	w.serf, w.policy = p[2], policy
 	w.args = []string{"agent", "-config-file", file, "-node", "node1"}
+	if len(args) > 2 {
+		w.more = filepath.Join(w.dir, "more.hcl")
+		ts.Check(os.WriteFile(w.more, []byte(args[2]+"\n"), 0o600))
+		w.args = append(w.args, "-config-file", w.more)
+	}
 	w.httpAt = fmt.Sprintf("127.0.0.1:%d", p[0])
 	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
 	w.cmdConsulStart(ts, false, nil)

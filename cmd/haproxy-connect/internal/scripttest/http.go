@@ -22,12 +22,13 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 )
 
-// cmdHTTP runs "http STATUS[|STATUS]... URL [REGEXP] [h2] [-H k=v] [-X METHOD] [-within D]":
+// cmdHTTP runs "http STATUS[|STATUS]... URL [REGEXP] [h2] [-H k=v] [-X METHOD] [-body|-chunked N] [-within D]":
 // it repeats the request until status and body are as wanted, which may take D at most.
 func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	want, target := args[0], args[1]
 	re, tr, method := regexp.MustCompile(""), http.RoundTripper(&http.Transport{DisableKeepAlives: true}), http.MethodGet
 	header, within, begun := http.Header{}, patience, time.Now()
+	body := func() io.Reader { return nil }
 	for i := 2; i < len(args); i++ {
 		switch args[i] {
 		case "h2":
@@ -39,6 +40,14 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 		case "-X":
 			i++
 			method = args[i]
+		case "-body", "-chunked":
+			i++
+			n, err := strconv.Atoi(args[i])
+			ts.Check(err)
+			body = func() io.Reader { return strings.NewReader(strings.Repeat("x", n)) }
+			if args[i-1] == "-chunked" {
+				body = func() io.Reader { return io.MultiReader(strings.NewReader(strings.Repeat("x", n))) }
+			}
 		case "-within":
 			i++
 			var err error
@@ -57,7 +66,7 @@ func (w *world) cmdHTTP(ts *testscript.TestScript, neg bool, args []string) {
 	client := &http.Client{Transport: tr, Timeout: 10 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	last := ""
 	err := eventually(patience, func() error {
-		req, err := http.NewRequest(method, target, nil)
+		req, err := http.NewRequest(method, target, body())
 		if err != nil {
 			return err
 		}

@@ -127,6 +127,7 @@ type world struct {
 	dir         string // short, for sockets
 	httpAt      string
 	args        []string
+	more        string // a file with the rest of the configuration of Consul; "": there is none
 
 	agent  *exec.Cmd
 	cars   map[string]*exec.Cmd
@@ -208,7 +209,7 @@ func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string
 }
 
 var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
-	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter),
+	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter),
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "forget": inWorld((*world).cmdForget), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
