@@ -13,14 +13,15 @@ type Role int
 
 // The roles. The zero Role is none.
 const (
-	Public Role = iota + 1 // mutual TLS and intentions: callers of the mesh
-	Open                   // plain on purpose: no TLS, no intentions
-	Relay                  // the mesh, whose connections are passed on by the name that they ask for
-	Local                  // the application, which calls an upstream
+	Public   Role = iota + 1 // mutual TLS and intentions: callers of the mesh
+	Open                     // plain on purpose: no TLS, no intentions
+	Relay                    // the mesh, whose connections are passed on by the name that they ask for
+	Exported                 // mutual TLS: services of peers, which a Relay passes on to here
+	Local                    // the application, which calls an upstream
 )
 
 // Callers reports whether others connect to the listener, and not our own application.
-func (r Role) Callers() bool { return r == Public || r == Open || r == Relay }
+func (r Role) Callers() bool { return r == Public || r == Open || r == Relay || r == Exported }
 
 func (r Role) String() string {
 	switch r {
@@ -30,6 +31,8 @@ func (r Role) String() string {
 		return "open"
 	case Relay:
 		return "relay"
+	case Exported:
+		return "exported"
 	case Local:
 		return "local"
 	}
@@ -59,10 +62,14 @@ type Bind struct {
 	Port       int
 	SocketPath string
 	SocketMode string // octal, "" for the default 0600
+	Inner      bool   // nothing else is set: only a target of this proxy leads here, see Inner
 }
 
 // String is the address or the path, for people.
 func (b Bind) String() string {
+	if b.Inner {
+		return "inside"
+	}
 	if b.SocketPath != "" {
 		return b.SocketPath
 	}
@@ -71,6 +78,9 @@ func (b Bind) String() string {
 
 // Clashes reports whether both cannot be listened on at the same time.
 func (b Bind) Clashes(o Bind) bool {
+	if b.Inner || o.Inner {
+		return false
+	}
 	if b.SocketPath != "" || o.SocketPath != "" {
 		return b.SocketPath == o.SocketPath
 	}
@@ -99,10 +109,20 @@ type Match struct {
 type Guard struct {
 	Leaf         LeafName
 	Callers      BundleName
+	Peers        []PeerCallers // sorted by Peer
+	Outside      bool          // callers are of peers: what they say of who called them counts for nothing
 	Policy       *intentions.Policy
 	Normalize    Normalize
 	SanitizeXFCC bool   // remove X-Forwarded-Client-Cert instead of setting it
 	CallerHeader string // request header that receives the caller's service name
+}
+
+// PeerCallers are those of one peer: they ask by names that end in Suffix, and are verified by the
+// peer's roots.
+type PeerCallers struct {
+	Peer   string
+	Bundle BundleName
+	Suffix string // begins with a dot
 }
 
 // Normalize is what happens to a request before intentions look at it and the
@@ -163,7 +183,7 @@ func (l *Listener) Warnings() (out []string) {
 	}
 	for _, b := range l.Branches {
 		switch {
-		case !l.Role.Callers() || l.Role == Relay || b.Guard != nil:
+		case !l.Role.Callers() || l.Role == Relay || l.Role == Exported || b.Guard != nil:
 		case l.Role == Public:
 			out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", b.Match.Port, anybody))
 		default:

@@ -108,10 +108,11 @@ func (s *Snapshot) Target(name TargetName) *Target {
 	return s.Targets[i]
 }
 
-// Public is the listener that the mesh calls, or nil: the service only calls others.
+// Public is the listener that the mesh calls, or nil: the service only calls others. Of a
+// gateway it is one of its Exported listeners, whose policies are the same.
 func (s *Snapshot) Public() *Listener {
 	for _, l := range s.Listeners {
-		if l.Role == Public {
+		if l.Role == Public || l.Role == Exported {
 			return l
 		}
 	}

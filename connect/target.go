@@ -30,9 +30,10 @@ type How int
 
 // The ways.
 const (
-	Mesh How = iota // mutual TLS
-	App             // our own application, plain
-	Pass            // a connection of others, whose TLS is not ours to end
+	Mesh  How = iota // mutual TLS
+	App              // our own application, plain
+	Pass             // a connection of others, whose TLS is not ours to end
+	Inner            // the Exported listener of this proxy that is named as the service is
 )
 
 func (h How) String() string {
@@ -41,6 +42,8 @@ func (h How) String() string {
 		return "app"
 	case Pass:
 		return "pass"
+	case Inner:
+		return "inner"
 	}
 	return "mesh"
 }

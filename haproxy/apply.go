@@ -24,10 +24,14 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 	if m.running == nil || m.broken || !m.conf.Proxy.Up() {
 		return nil
 	}
-	if own := render.BundleFile(connect.OwnBundle); !m.conf.Features.CACommit && m.running.Bundles[own].Fingerprint != want.Bundles[own].Fingerprint {
+	if !m.conf.Features.CACommit && m.rooted(want) {
 		now := *snap
 		now.Bundles = maps.Clone(snap.Bundles)
-		now.Bundles[connect.OwnBundle] = m.running.Bundles[own] // what is verified meanwhile is verified by these
+		for name := range now.Bundles {
+			if have := m.running.Bundles[render.BundleFile(name)]; have != nil {
+				now.Bundles[name] = have // what is verified meanwhile is verified by these
+			}
+		}
 		var err error
 		if want, _, err = m.conf.Renderer.Render(&now, m.running); err != nil {
 			return stage("render", "correct what the message names in Consul", err)
@@ -39,6 +43,16 @@ func (m *Manager) ahead(ctx context.Context, snap *connect.Snapshot, want *rende
 		return nil
 	}
 	return m.live(ctx, applied{part, m.ran, m.served}, plan)
+}
+
+// rooted reports whether want has other roots in a bundle that HAProxy reads already.
+func (m *Manager) rooted(want *render.Config) bool {
+	for name, roots := range want.Bundles {
+		if have := m.running.Bundles[name]; have != nil && have.Fingerprint != roots.Fingerprint {
+			return true
+		}
+	}
+	return false
 }
 
 // lineOf finds the line that HAProxy names when it refuses a configuration.

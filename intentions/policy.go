@@ -84,7 +84,8 @@ type Config struct {
 	TrustDomain  string            // our own; callers of another one are denied, unless it is a peer's
 	ServerName   string            // the SNI that names our service; if "", Accepts accepts every name
 	Community    bool              // the agent is Consul's community edition: it has one namespace and one partition
-	Peers        map[string]string // peer name -> its trust domain
+	Peers        map[string]string // peer name -> its trust domain; no two are the same, and none is our own
+	Gateway      certs.SPIFFEID    // of our own cluster's mesh gateways, which call in the name of peers' services where HTTP is set; zero: nobody may
 	HTTP         bool              // false: an intention with permissions or tokens denies
 	Providers    []*Provider       // the jwt-providers that are known
 	DefaultAllow bool
@@ -230,6 +231,8 @@ var (
 	foreignTD = Decision{Rule: "identity", Reason: "the caller belongs to another trust domain"}
 	foreignNS = Decision{Rule: "identity", Reason: "the caller's identity is of a namespace or partition, which the community edition of Consul does not have"}
 	gatewayID = Decision{Rule: "identity", Reason: "the caller is a mesh gateway, which no intention can name"}
+	peerName  = Decision{Rule: "identity", Reason: "the caller belongs to a peer, but did not ask by the name that is that peer's"}
+	behind    = Decision{PerRequest: true, Rule: "gateway", Reason: "the caller is our mesh gateway: who is behind it decides per request"}
 	foreignSN = Decision{Rule: ServerNameRule, Reason: "the caller asked by SNI for another service of the mesh"}
 )
 
@@ -239,6 +242,9 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 		return -1, noPolicy
 	}
 	if from.Gateway() {
+		if p.conf.HTTP && from == p.conf.Gateway {
+			return -1, behind
+		}
 		return -1, gatewayID
 	}
 	// The community edition signs identities of other namespaces and partitions for whoever may
@@ -272,14 +278,28 @@ func (p *Policy) match(from certs.SPIFFEID) (int, Decision) {
 	return -1, p.fallback
 }
 
-// Accepts judges the server name that a caller sent (SNI). It refuses only the mesh's name
-// of another service: a caller that was led to the wrong place must not be served by us.
-// It accepts names outside the mesh, which Connect-native applications send.
-func (p *Policy) Accepts(serverName string) (Decision, bool) {
-	if p == nil || !p.valid || serverName == "" || p.conf.ServerName == "" {
-		return Decision{}, true
+// Accepts judges the server name that a caller sent (SNI), "" if none. It refuses the mesh's
+// name of another service: a caller that was led to the wrong place must not be served by us.
+// It accepts names outside the mesh, which Connect-native applications send. A peer's caller
+// must ask by the name that is that peer's: by it HAProxy has chosen the roots that the caller was
+// verified by, so that no authority can vouch for another trust domain than its own.
+func (p *Policy) Accepts(serverName string, from certs.SPIFFEID) (Decision, bool) {
+	if p == nil || !p.valid {
+		return noPolicy, false
 	}
 	name, own := strings.ToLower(strings.TrimSuffix(serverName, ".")), strings.ToLower(p.conf.ServerName)
+	if from.TrustDomain != p.conf.TrustDomain {
+		if peer := p.peerOf(name); peer == "" || p.conf.Peers[peer] != from.TrustDomain {
+			return peerName, false
+		}
+		return Decision{}, true
+	}
+	if p.peerOf(name) != "" { // verified by the peer's roots
+		return foreignSN, false
+	}
+	if serverName == "" || p.conf.ServerName == "" {
+		return Decision{}, true
+	}
 	if name == own || strings.HasSuffix(name, "."+own) { // a name that ends in own is a subset of our service
 		return Decision{}, true
 	}
@@ -293,6 +313,65 @@ func (p *Policy) Accepts(serverName string) (Decision, bool) {
 		}
 	}
 	return Decision{}, true
+}
+
+// peerOf is the peer that asks by a name, <service>.default.default.<peer>.external.<our trust
+// domain>; "" if no peer does. The service need not be ours: chains redirect.
+func (p *Policy) peerOf(name string) string {
+	rest, external := strings.CutSuffix(name, ".external."+strings.ToLower(p.conf.TrustDomain))
+	part := strings.Split(rest, ".")
+	if !external || len(part) != 4 || part[1] != "default" || part[2] != "default" {
+		return ""
+	}
+	return part[3]
+}
+
+// Behind returns whose request it is: from's own, or if from is our own mesh gateway that of the
+// peer's service which the gateway names in X-Forwarded-Client-Cert. ok is false if the gateway
+// names nobody who may be behind it.
+func (p *Policy) Behind(from certs.SPIFFEID, req *Request) (id certs.SPIFFEID, ok bool) {
+	if p == nil || from != p.conf.Gateway || !from.Gateway() {
+		return from, true
+	}
+	text := ""
+	for _, h := range req.Headers {
+		if strings.EqualFold(h.Name, "x-forwarded-client-cert") {
+			if text != "" {
+				return from, false
+			}
+			text = h.Value
+		}
+	}
+	id, err := certs.ParseID(firstURI(text))
+	return id, err == nil && !id.Gateway() && id.TrustDomain != p.conf.TrustDomain && p.peerDomain(id.TrustDomain)
+}
+
+// firstURI is the only URI in the first element of X-Forwarded-Client-Cert, "" if there is not one.
+func firstURI(header string) (uri string) {
+	quoted, from, n := false, 0, 0
+	part := func(s string) {
+		if key, value, _ := strings.Cut(strings.TrimSpace(s), "="); strings.EqualFold(key, "uri") {
+			uri, n = value, n+1
+		}
+	}
+	for i := 0; i <= len(header); i++ {
+		switch {
+		case i == len(header) || !quoted && header[i] == ',':
+			part(header[from:i])
+			if n != 1 || quoted {
+				return ""
+			}
+			return uri
+		case quoted && header[i] == '\\':
+			i++
+		case header[i] == '"':
+			quoted = !quoted
+		case !quoted && header[i] == ';':
+			part(header[from:i])
+			from = i + 1
+		}
+	}
+	return ""
 }
 
 // ServerNameRule is the Rule of the Decision by which Accepts refuses a server name.
@@ -329,7 +408,7 @@ func (p *Policy) peerDomain(td string) bool {
 // connection's answer depends on the request, PerRequest is set and Allow is not.
 func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
 	at, d := p.match(from)
-	if !d.PerRequest || req == nil {
+	if !d.PerRequest || req == nil || at < 0 { // of a gateway it is another caller who decides: see Behind
 		return d
 	}
 	r := &p.rules[at]
@@ -361,7 +440,7 @@ func (p *Policy) Decide(from certs.SPIFFEID, req *Request) Decision {
 // no permission matched, it names what failed to match in the first few.
 func (p *Policy) Explain(from certs.SPIFFEID, req *Request) string {
 	at, d := p.match(from)
-	if req == nil || !d.PerRequest {
+	if req == nil || !d.PerRequest || at < 0 {
 		return d.Reason
 	}
 	d = p.Decide(from, req)

@@ -98,7 +98,7 @@ func TestAcceptsServerNames(t *testing.T) {
 		"s2.default.dc1.external." + td:                false,
 		"s1.default.dc1.internal.another-trust-domain": true,
 	} {
-		_, got := p.Accepts(name)
+		_, got := p.Accepts(name, certs.SPIFFEID{TrustDomain: p.conf.TrustDomain})
 		require.Equal(t, want, got, name)
 	}
 }
@@ -244,4 +244,57 @@ func BenchmarkDecide(b *testing.B) {
 			}
 		})
 	}
+}
+
+// A peer's authority vouches for its own trust domain alone, and only our own gateway speaks in
+// the name of a peer's services.
+func TestPeers(t *testing.T) {
+	const a, b = "aaaaaaaa-2222-3333-4444-555555555555.consul", "bbbbbbbb-2222-3333-4444-555555555555.consul"
+	of := func(domain, name string) certs.SPIFFEID {
+		return certs.SPIFFEID{TrustDomain: domain, Partition: "default", Namespace: "default", Datacenter: "x", Service: name}
+	}
+	gateway := certs.MeshGateway(td, "dc1")
+	conf := Config{Destination: "s2", TrustDomain: td, ServerName: id("s2").SNI(""), Community: true, HTTP: true, Gateway: gateway,
+		Peers: map[string]string{"alpha": a, "beta": b}, Intentions: []Intention{
+			{Source: Source{Name: "web", Peer: "alpha"}, Allow: true, Precedence: 9},
+			{Source: src("web"), Allow: false, Precedence: 9}}}
+	p := NewPolicy(conf)
+	require.True(t, p.Decide(of(a, "web"), nil).Allow)
+	require.False(t, p.Decide(of(b, "web"), nil).Allow)
+	require.False(t, p.Decide(of("cccccccc-2222-3333-4444-555555555555.consul", "web"), nil).Allow)
+	name := func(peer string) string { return "s9.default.default." + peer + ".external." + td }
+	for _, c := range []struct {
+		sni  string
+		from certs.SPIFFEID
+		want bool
+	}{
+		{name("alpha"), of(a, "web"), true}, {name("beta"), of(a, "web"), false}, {name("gamma"), of(a, "web"), false}, {"", of(a, "web"), false},
+		{id("s2").SNI(""), of(a, "web"), false}, {name("alpha"), of(td, "web"), false}, {id("s2").SNI(""), of(td, "web"), true},
+		{"x." + name("alpha"), of(a, "web"), false}, {name("alpha") + ".", of(a, "web"), true},
+	} {
+		_, got := p.Accepts(c.sni, c.from)
+		require.Equal(t, c.want, got, "%s %s", c.sni, c.from)
+	}
+	require.True(t, p.Decide(gateway, nil).PerRequest)
+	require.False(t, p.Decide(certs.MeshGateway(td, "dc2"), nil).PerRequest, "of another datacenter")
+	require.False(t, p.Decide(certs.MeshGateway(a, "dc1"), nil).PerRequest, "a peer's")
+	conf.HTTP = false
+	require.False(t, NewPolicy(conf).Decide(gateway, nil).PerRequest)
+	uri := "URI=" + of(a, "web").String()
+	for header, want := range map[string]bool{
+		uri: true, "Hash=1;Cert=\"a,URI=x;\\\"\";" + uri + ";DNS=x": true, uri + ",URI=spiffe://x": true, "By=x;uri=" + of(a, "web").String(): true,
+		"": false, "By=x": false, uri + ";" + uri: false, "Subject=\"" + uri + "\"": false, "Cert=\"" + uri: false,
+		"URI=" + of(td, "web").String(): false, "URI=" + gateway.String(): false, "URI=" + certs.MeshGateway(a, "x").String(): false, "By=x," + uri: false,
+	} {
+		req := &Request{Method: "GET", Path: "/", Headers: []Header{{"x-forwarded-client-cert", header}}}
+		from, ok := p.Behind(gateway, req)
+		require.Equal(t, want, ok, header)
+		if ok {
+			require.True(t, p.Decide(from, req).Allow)
+		}
+	}
+	_, ok := p.Behind(gateway, &Request{Headers: []Header{{"x-forwarded-client-cert", uri}, {"X-Forwarded-Client-Cert", uri}}})
+	require.False(t, ok)
+	from, ok := p.Behind(of(td, "web"), &Request{Headers: []Header{{"x-forwarded-client-cert", uri}}})
+	require.True(t, ok && from == of(td, "web"), "nobody else speaks for a peer")
 }

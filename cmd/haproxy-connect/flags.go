@@ -95,6 +95,8 @@ func newFlags(name string, c *config) *flag.FlagSet {
 	fs.IntVar(&c.registration.Port, "port", 0, "with -register: `port` of the application on 127.0.0.1; 0 for a client only")
 	str(&c.registration.Instance, "register-id", "", "with -register: `ID` that tells this replica from others on the same agent; hostname for this host's name")
 	str(&c.registration.Listen, "listen", "", "with -register: `address:port` of the public listener, or a template such as '{{ GetInterfaceIP \"eth0\" }}:21000' (default: a free port from 21000 on)")
+	str(&c.consul.GRPCAddr, "grpc-addr", "", "the agent's gRPC port, which signs for gateways: host:port, http://, https:// or unix:// `address` (CONSUL_GRPC_ADDR; default 127.0.0.1:8502)")
+	str(&c.consul.GRPCCAFile, "grpc-ca-file", "", "CA `file` of the gRPC port; it means TLS (CONSUL_GRPC_CACERT)")
 	gatewayFlags(fs, c)
 	fs.Var((*stringsFlag)(&c.registration.Upstreams), "upstream", "with -register: `name:port` or name:address:port; may be repeated")
 	str(&c.haproxy, "haproxy", "haproxy", "HAProxy binary, a `path` or a name on PATH")

@@ -43,6 +43,7 @@ func meshAgent(t testing.TB, ar *txtar.Archive, service string) *connecttest.Age
 	a.Set("/v1/agent/connect/ca/roots", string(roots))
 	a.Set("/v1/agent/connect/ca/leaf/"+service, string(pair))
 	a.Set("/v1/config/mesh", "[]")
+	a.Set("/v1/peerings", "[]")
 	a.Set("/v1/agent/connect/authorize", `{"Authorized":false,"Reason":"captured"}`)
 	for _, f := range ar.Files {
 		if path, ok := strings.CutPrefix(f.Name, "consul/"); ok {

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -91,42 +90,6 @@ func (c *Client) servers() watch {
 	}}
 }
 
-// peering is one peer, as far as it is of use here.
-type peering struct {
-	Name, State, PeerServerName string
-	PeerServerAddresses         []string
-	PeerCAPems                  []string
-	StreamStatus                struct{ ImportedServices, ExportedServices []string }
-}
-
-// peerings are all peers, sorted by name; denied: the token may not read them.
-type peerings struct {
-	list   []peering
-	denied bool
-}
-
-// deniedAgain is how often a right that the token lacks is tried again.
-const deniedAgain = 30 * time.Second
-
-// peerings is asked for all peers; the answer is peerings.
-func (c *Client) peerings() watch {
-	return watch{key: "peerings", name: "peers", fetch: func(ctx context.Context, cur *cursor) (any, error) {
-		var list []peering
-		meta, err := c.api.Raw().Query("/v1/peerings", &list, cur.options(ctx))
-		if isStatus(err, 403) {
-			cur.pause = deniedAgain
-			return peerings{denied: true}, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		cur.advance(meta)
-		list = slices.DeleteFunc(list, func(p peering) bool { return certs.ServiceName(p.Name) != nil })
-		slices.SortFunc(list, func(a, b peering) int { return strings.Compare(a.Name, b.Name) })
-		return peerings{list: list}, nil
-	}}
-}
-
 // importedFrom is a service that a peer exports to us. The list has names, with a namespace
 // before them in the enterprise edition.
 func importedFrom(peer, name string) (destination, bool) {
@@ -156,13 +119,14 @@ type exportedServices struct {
 	denied bool
 }
 
-// exports is asked for the exported services, as Consul resolves the entry; the answer is
-// exportedServices.
+// exports returns the watch for the exported services, as Consul resolves the entry; its answers
+// are exportedServices. A token that loses the right takes away nothing that was known.
 func (c *Client) exports() watch {
+	known := false
 	return watch{key: "exports", name: "exported services", fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		var out exportedServices
 		meta, err := c.api.Raw().Query("/v1/exported-services", &out.list, cur.options(ctx))
-		if isStatus(err, 403) {
+		if isStatus(err, 403) && !known {
 			cur.pause = deniedAgain
 			return exportedServices{denied: true}, nil
 		}
@@ -170,6 +134,7 @@ func (c *Client) exports() watch {
 			return nil, err
 		}
 		cur.advance(meta)
+		known = true
 		return out, nil
 	}}
 }

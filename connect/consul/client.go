@@ -12,6 +12,7 @@ package consul
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,13 +36,15 @@ type Config struct {
 	Token, TokenFile                                     string
 	CAFile, CAPath, ClientCert, ClientKey, TLSServerName string
 	Namespace, Partition                                 string
-	Snippets                                             bool // lines in HAProxy's own words are taken from registrations
+	GRPCAddr, GRPCCAFile                                 string // as -http-addr, of the gRPC port
+	Snippets                                             bool   // lines in HAProxy's own words are taken from registrations
 }
 
 // Client talks to one agent.
 type Client struct {
 	api      *api.Client
 	addr     string
+	grpc     *grpcPort
 	snippets bool         // see Config
 	wait     atomic.Int64 // of blocking queries, as time.Duration; see shorten
 }
@@ -114,8 +117,14 @@ func NewClient(c Config) (*Client, error) {
 	if !ok {
 		return nil, errors.New("Consul client: its transport is of an unknown kind")
 	}
-	conf.HttpClient.Transport = withQuery{newCredentials(conf, transport)}
-	return out, nil
+	files := newCredentials(conf, transport)
+	conf.HttpClient.Transport = withQuery{files}
+	own := conf.Token
+	out.grpc, err = newGRPCPort(cmp.Or(c.GRPCAddr, os.Getenv("CONSUL_GRPC_ADDR"), defaultGRPC), cmp.Or(c.GRPCCAFile, os.Getenv("CONSUL_GRPC_CACERT")), func() string {
+		token, _ := files.now(false)
+		return cmp.Or(token, own)
+	})
+	return out, err
 }
 
 // withQuery adds the query parameters that a context carries, and hands the answer's header

@@ -24,6 +24,7 @@ type declared struct {
 	peer     string // "": our own cluster
 	gateway  api.MeshGatewayMode
 	where    string // for notices
+	suffix   string // ends the names of its targets, so that they are nobody else's; "" shares them
 	bind     connect.Bind
 	protocol connect.Protocol // "": the chain's
 	connect  time.Duration    // 0: the chain's

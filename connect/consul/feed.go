@@ -247,7 +247,9 @@ func refused(err error) bool {
 	var s api.StatusError
 	var name nameError
 	var lookup lookupError
-	return errors.As(err, &s) && s.Code/100 == 4 || errors.As(err, &name) || errors.As(err, &lookup)
+	var status grpcError
+	var away grpcAway
+	return errors.As(err, &s) && s.Code/100 == 4 || errors.As(err, &status) || errors.As(err, &away) || errors.As(err, &name) || errors.As(err, &lookup)
 }
 
 // cut reports whether a blocking query was ended from outside, by whoever limits how long
@@ -275,7 +277,13 @@ const shortest = time.Second // no blocking query waits less
 func hint(err error) string {
 	var name nameError
 	var lookup lookupError
+	var right rightError
+	var away grpcAway
 	switch {
+	case errors.As(err, &right):
+		return "give the token " + right.right
+	case errors.As(err, &away):
+		return "is the agent's gRPC port open (ports.grpc), and is it the one of -grpc-addr?"
 	case errors.As(err, &name):
 		return "register the service under another name"
 	case errors.As(err, &lookup):

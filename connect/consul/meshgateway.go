@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
 )
 
 // meshGateway is the kind of proxy that passes connections of the mesh on by the name that
@@ -26,12 +28,15 @@ type meshGateway struct {
 	binds   []gatewayBind
 	notices connect.Notices
 
-	exported map[string]*exportedChain // by service
+	exported map[string]*upstream // by service
+	leaf     *certs.Leaf          // of the last roots that a leaf was signed under
+	policy   *intentions.Policy
+	policyOf intentions.Config
 	nouns    *nouns
 }
 
 func newMeshGateway(c *Client, registration string) kind {
-	return &meshGateway{client: c, registration: registration, exported: map[string]*exportedChain{}, nouns: &nouns{}}
+	return &meshGateway{client: c, registration: registration, exported: map[string]*upstream{}, nouns: &nouns{}}
 }
 
 // federates reports whether servers of other datacenters are reached through this gateway.
@@ -68,13 +73,21 @@ func (k *meshGateway) wants(st *state) []watch {
 			}
 		}
 	}
+	http := false
 	for _, x := range k.exports(st) {
-		out = append(out, x.asked)
-		for _, d := range x.targets {
-			out = append(out, k.endpoints(st, d))
-		}
+		x.follow(st)
+		out = append(out, x.wants(st)...)
+		http = http || x.made.listener.Protocol().IsHTTP()
+	}
+	if roots, ok := heard[*certs.Roots](st, c.roots().key); ok && http {
+		out = append(out, k.signed(roots))
 	}
 	return out
+}
+
+// signed is the watch for the gateway's own leaf, which is needed only where TLS of peers ends here.
+func (k *meshGateway) signed(roots *certs.Roots) watch {
+	return k.client.signed(certs.MeshGateway(roots.TrustDomain, k.own()), nil, roots.Fingerprint)
 }
 
 // manyServices is how many services a gateway follows by a connection each where the agent
@@ -152,7 +165,9 @@ func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	slow = k.services(st, r, roots.TrustDomain)
 	slow = k.datacenters(st, r, roots.TrustDomain) || slow
 	slow = k.servers(st, r, roots.TrustDomain) || slow
-	slow = k.peers(st, r, roots.TrustDomain) || slow
+	all, _ := heard[peerings](st, c.peerings().key)
+	peers := all.trusted(roots.TrustDomain, &notices)
+	slow = k.peers(st, r, roots, peers) || slow
 	slices.SortFunc(r.branches, func(a, b connect.Branch) int { return strings.Compare(a.Match.SNI, b.Match.SNI) })
 	for _, b := range k.binds {
 		r.to.listener(&connect.Listener{Name: b.name, Role: connect.Relay, Bind: b.bind, Idle: relayIdle, Branches: r.branches})
@@ -161,7 +176,10 @@ func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	snap = &connect.Snapshot{
 		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "mesh gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
 			Datacenter: k.own(), TrustDomain: roots.TrustDomain},
-		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: roots}, Notices: notices.Sorted(),
+		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, peers), Notices: notices.Sorted(),
+	}
+	if k.leaf != nil {
+		snap.Leaves[connect.OwnLeaf] = k.leaf
 	}
 	r.to.into(snap)
 	return snap, slow
@@ -243,7 +261,7 @@ func (k *meshGateway) servers(st *state, r *relay, domain string) (slow bool) {
 
 // peers leads what is imported to the peers' gateways, what is exported to its sidecars, and
 // the servers' own traffic to those of peers.
-func (k *meshGateway) peers(st *state, r *relay, domain string) (slow bool) {
+func (k *meshGateway) peers(st *state, r *relay, roots *certs.Roots, trusted []*peering) (slow bool) {
 	c := k.client
 	list, ok := heard[peerings](st, c.peerings().key)
 	mesh, _ := heard[meshEntry](st, c.mesh().key)
@@ -266,37 +284,75 @@ func (k *meshGateway) peers(st *state, r *relay, domain string) (slow bool) {
 			}
 		}
 	}
-	return k.exporting(st, r, domain) || slow || !ok
+	return k.exporting(st, r, roots, trusted) || slow || !ok
 }
 
-// exporting leads the names by which peers ask for exported services to their sidecars.
-func (k *meshGateway) exporting(st *state, r *relay, domain string) (slow bool) {
+// exporting leads the names by which peers ask for exported services: of tcp to their sidecars, of
+// http and its kin to a listener of our own, which sends requests on by the service's chain.
+func (k *meshGateway) exporting(st *state, r *relay, roots *certs.Roots, peers []*peering) (slow bool) {
 	exports, ok := heard[exportedServices](st, k.client.exports().key)
 	if exports.denied {
 		r.notices.Add("mesh gateway", "mesh:read", "", "the token lacks it: services that are exported to peers are not passed on")
 	}
+	if leaf, ok := heard[*certs.Leaf](st, k.signed(roots).key); ok {
+		k.leaf = leaf
+	}
 	for _, x := range k.exports(st) {
-		if x.http {
-			r.notices.Add("mesh gateway", "exported service", x.service, "it speaks "+string(x.protocol)+": TLS must end in the gateway, which is not supported")
-			continue
-		}
+		x.follow(st)
 		var to *connect.Target
-		for _, d := range x.targets {
-			list, known := heard[instances](st, k.endpoints(st, d).key)
-			slow = slow || !known
-			if to == nil || len(to.Endpoints) == 0 {
-				to = passed(d.name(), d, list.endpoints)
+		if x.made.listener.Protocol().IsHTTP() {
+			if k.leaf == nil {
+				slow = true
+				continue
 			}
-		}
-		if to == nil {
-			slow = slow || st.turnOf(x.asked.key) == 0
+			slow = !k.ends(st, r.to, x, roots, peers) || slow
+			to = &connect.Target{Name: connect.TargetName("exported." + connect.SafeName(x.service)), Service: x.made.listener.Name, Dial: connect.Dial{How: connect.Inner}}
+		} else if to = k.passedOn(st, x); to == nil {
+			slow = true
 			continue
 		}
-		for _, peer := range x.peers {
-			r.name(externalSNI(x.service, peer, domain), to)
+		*r.notices = append(*r.notices, x.notices()...)
+		for _, peer := range x.consumers {
+			r.name(externalSNI(x.service, peer, roots.TrustDomain), to)
 		}
 	}
 	return slow || !ok
+}
+
+// passedOn is the first target of a tcp service's chain that has an instance, in failover order.
+func (k *meshGateway) passedOn(st *state, x *upstream) (to *connect.Target) {
+	for _, a := range x.made.aims {
+		if a.of.peer != "" || a.of.dc != k.own() {
+			continue
+		}
+		list, _ := a.instances(st, k.own())
+		if to == nil || len(to.Endpoints) == 0 {
+			to = passed(a.name, a.of, st.addressed(list.endpoints))
+		}
+	}
+	return to
+}
+
+// ends adds the listener at which TLS of peers' callers ends. Which of them may call is for the
+// service's sidecar to decide, which reads in X-Forwarded-Client-Cert who calls.
+func (k *meshGateway) ends(st *state, to *nouns, x *upstream, roots *certs.Roots, peers []*peering) bool {
+	heard := x.lead(st, to, roots.TrustDomain)
+	in := x.made.listener
+	to.listener(&connect.Listener{Name: in.Name, Role: connect.Exported, Origin: "exported-services", Bind: connect.Bind{Inner: true}, Idle: in.Idle, Branches: []connect.Branch{{
+		Protocol: in.Protocol(), Chain: in.Branches[0].Chain,
+		Guard: &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, Outside: true, Policy: k.lets(roots.TrustDomain, peers), Peers: callersOf(peers, roots.TrustDomain),
+			Normalize: connect.Normalize{KeepPath: true}}}}})
+	return heard
+}
+
+// lets is the policy of listeners of our own: whoever a peer's roots verify as a service of that
+// peer.
+func (k *meshGateway) lets(domain string, peers []*peering) *intentions.Policy {
+	conf := intentions.Config{Destination: k.service.Service, TrustDomain: domain, Peers: domains(peers), HTTP: true, DefaultAllow: true}
+	if k.policy == nil || !reflect.DeepEqual(conf, k.policyOf) {
+		k.policy, k.policyOf = intentions.NewPolicy(conf), conf
+	}
+	return k.policy
 }
 
 // externalSNI is the name by which a peer asks for a service of ours; peer is our name of it
@@ -305,41 +361,22 @@ func externalSNI(service, peer, domain string) string {
 	return fmt.Sprintf("%s.default.default.%s.external.%s", service, peer, domain)
 }
 
-// exportedChain is where an exported service leads here.
-type exportedChain struct {
-	service  string
-	peers    []string
-	asked    watch // the chain
-	turn     uint64
-	protocol connect.Protocol
-	http     bool
-	targets  []destination // in failover order
-}
-
-// exports are the exported services, with what their chains say now.
-func (k *meshGateway) exports(st *state) (out []*exportedChain) {
+// exports are the exported services. Each is an upstream of ours, with the whole chain.
+func (k *meshGateway) exports(st *state) (out []*upstream) {
 	list, _ := heard[exportedServices](st, k.client.exports().key)
+	old := k.exported
+	k.exported = make(map[string]*upstream, len(old))
 	for _, e := range list.list {
 		if certs.ServiceName(e.Service) != nil || len(e.Consumers.Peers) == 0 {
 			continue
 		}
-		x := k.exported[e.Service]
-		up := &declared{name: e.Service, service: e.Service, dc: k.own(), where: "exported service " + e.Service}
+		x := old[e.Service]
 		if x == nil {
-			x = &exportedChain{service: e.Service, asked: k.client.chain(up)}
-			k.exported[e.Service] = x
+			name := connect.SafeName(e.Service)
+			x = newUpstream(k.client, &declared{name: name, group: connect.GroupName(name + ".exported"), suffix: ".exported", service: e.Service, dc: k.own(), where: "exported service " + e.Service}, k.own())
 		}
-		x.peers = e.Consumers.Peers
-		if turn := st.turnOf(x.asked.key); turn != x.turn {
-			x.turn = turn
-			c, _ := heard[*chain](st, x.asked.key)
-			if compiled, err := up.compile(c, k.own()); err == nil { // else the last one stays
-				x.protocol, x.http, x.targets = compiled.protocol, compiled.protocol.IsHTTP(), nil
-				for _, g := range compiled.groups {
-					x.targets = append(x.targets, slices.DeleteFunc(g.targets, func(d destination) bool { return d.peer != "" || d.dc != k.own() })...)
-				}
-			}
-		}
+		k.exported[e.Service] = x
+		x.consumers = e.Consumers.Peers
 		out = append(out, x)
 	}
 	return out

@@ -69,26 +69,95 @@ func (i *instances) meta(m *peerMeta) {
 	}
 }
 
-// peeringEvery is how often a peer's roots are asked for: the question cannot block, and a
-// rotation shows both for long.
-const peeringEvery = 10 * time.Second
+// peering is one peer, as far as it is of use here.
+type peering struct {
+	Name, State, PeerServerName string
+	PeerServerAddresses         []string
+	PeerCAPems                  []string
+	StreamStatus                struct{ ImportedServices, ExportedServices []string }
 
-// bundle is asked for the roots of a peer; the answer is *certs.Roots.
-func (c *Client) bundle(peer string) watch {
-	return watch{key: "bundle\x00" + peer, name: "roots of peer " + peer, every: peeringEvery, shapes: never, same: sameRoots,
+	roots *certs.Roots // nil: they are not known, or may not be used
+}
+
+// peerings are all peers, sorted by name; denied: the token may not read them.
+type peerings struct {
+	list   []peering
+	denied bool
+}
+
+// peeringWait is how long a question for peers blocks: an answer has news that wakes no question,
+// as what is imported and new roots.
+const peeringWait = 10 * time.Second
+
+// deniedAgain is how often a right that the token lacks is tried again.
+const deniedAgain = 30 * time.Second
+
+// peerings returns the watch for all peers; its answers are peerings. A token that loses the right
+// takes away nothing that was known.
+func (c *Client) peerings() watch {
+	known := false
+	return watch{key: "peerings", name: "peers", shapes: func(any) bool { return true },
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
-			got, _, err := c.api.Peerings().Read(ctx, peer, cur.options(ctx))
-			if isStatus(err, 403) {
-				return nil, rightError{fmt.Errorf("the roots of peer %s: %w", peer, err), "peering:read"}
+			var list []peering
+			q := cur.options(ctx)
+			q.WaitTime = min(q.WaitTime, peeringWait)
+			meta, err := c.api.Raw().Query("/v1/peerings", &list, q)
+			if isStatus(err, 403) && !known {
+				cur.pause = deniedAgain
+				return peerings{denied: true}, nil
+			}
+			if isStatus(err, 404) || err != nil && strings.Contains(err.Error(), "peering must be enabled") { // an agent without peering
+				cur.pause = deniedAgain
+				return peerings{}, nil
 			}
 			if err != nil {
 				return nil, err
 			}
-			if got == nil {
-				return nil, fmt.Errorf("there is no peer %s", peer)
+			cur.advance(meta)
+			known = true
+			list = slices.DeleteFunc(list, func(p peering) bool { return certs.ServiceName(p.Name) != nil })
+			slices.SortFunc(list, func(a, b peering) int { return strings.Compare(a.Name, b.Name) })
+			for i := range list {
+				if roots, err := peerRoots(list[i].PeerCAPems); err == nil {
+					list[i].roots = roots
+				}
 			}
-			return peerRoots(got.PeerCAPems)
+			return peerings{list: list}, nil
 		}}
+}
+
+// find is the peer of this name, or nil.
+func (p *peerings) find(name string) *peering {
+	for i := range p.list {
+		if p.list[i].Name == name {
+			return &p.list[i]
+		}
+	}
+	return nil
+}
+
+// trusted are the peers whose roots are known and whose trust domain is nobody else's: neither ours
+// nor that of another peer, or one of them could vouch for the other's services.
+func (p *peerings) trusted(own string, n *connect.Notices) (out []*peering) {
+	claimed := map[string][]string{}
+	for i := range p.list {
+		if one := &p.list[i]; one.roots != nil {
+			claimed[one.roots.TrustDomain] = append(claimed[one.roots.TrustDomain], one.Name)
+		}
+	}
+	for i := range p.list {
+		one := &p.list[i]
+		switch {
+		case one.roots == nil:
+		case one.roots.TrustDomain == own:
+			n.Add("peer "+one.Name, "trust domain", own, "it is our own; nobody of this peer is believed")
+		case len(claimed[one.roots.TrustDomain]) > 1:
+			n.Add("peer "+one.Name, "trust domain", one.roots.TrustDomain, "other peers claim it too ("+strings.Join(claimed[one.roots.TrustDomain], ", ")+"); nobody of these peers is believed")
+		default:
+			out = append(out, one)
+		}
+	}
+	return out
 }
 
 // rightError is of a question that the token may not ask.
@@ -122,6 +191,23 @@ func peerRoots(pems []string) (*certs.Roots, error) {
 		}
 	}
 	return nil, errors.New("no root names a trust domain")
+}
+
+// callersOf are the callers of trusted peers, for the guard of a listener.
+func callersOf(list []*peering, own string) (out []connect.PeerCallers) {
+	for _, p := range list {
+		out = append(out, connect.PeerCallers{Peer: p.Name, Bundle: bundleOf(p.Name), Suffix: ".default.default." + p.Name + ".external." + own})
+	}
+	return out
+}
+
+// domains are the trust domains of peers, by name.
+func domains(list []*peering) map[string]string {
+	out := make(map[string]string, len(list))
+	for _, p := range list {
+		out[p.Name] = p.roots.TrustDomain
+	}
+	return out
 }
 
 // bundleOf names the roots of a peer.

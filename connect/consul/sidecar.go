@@ -69,6 +69,9 @@ func (k *sidecar) wants(st *state) []watch {
 	k.decode(st)
 	c, name := k.client, k.name()
 	out := []watch{c.roots(), c.mesh(), c.leaf(name), c.intentions(name), c.defaultAllow(name), c.extensions(name)}
+	if k.inbound.bind.Port != 0 {
+		out = append(out, c.peerings())
+	}
 	if k.requiresTokens(st) {
 		out = append(out, c.providers())
 	}
@@ -127,7 +130,11 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	notices := slices.Concat(k.notices, tokens.notices, named)
 	proxy := connect.Proxy{ID: k.service.ID, Service: name, Namespace: k.service.Namespace, Partition: k.service.Partition,
 		Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain}
-	guard := &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, CallerHeader: k.inbound.callerHeader, Policy: k.decides(proxy, list, allow, tokens.list)}
+	all, havePeers := heard[peerings](st, c.peerings().key)
+	slow = slow || !havePeers && k.inbound.bind.Port != 0
+	peers := all.trusted(roots.TrustDomain, &notices)
+	k.unknown(&all, list, &notices)
+	guard := &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, CallerHeader: k.inbound.callerHeader, Policy: k.decides(proxy, list, allow, tokens.list, peers), Peers: callersOf(peers, roots.TrustDomain)}
 	guard.Normalize, guard.SanitizeXFCC = mesh.decode(&notices)
 	incoming, outgoing := mesh.tls(&notices)
 
@@ -143,31 +150,56 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	k.nouns = now
 	snippets := k.snippets(&notices)
 	snap = &connect.Snapshot{Snippets: snippets, Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
-		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: k.bundles(st, roots)}
+		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers)}
 	now.into(snap)
 	return snap, slow
 }
 
-// bundles are our own roots and those of every peer that is called. A peer whose roots are not
-// known is called by nobody.
-func (k *sidecar) bundles(st *state, own *certs.Roots) map[connect.BundleName]*certs.Roots {
+// unknown says which right is missing where callers or upstreams of peers need it.
+func (k *sidecar) unknown(p *peerings, list []intentions.Intention, n *connect.Notices) {
+	if !p.denied {
+		if p.list != nil {
+			k.called(func(d *declared, peer string) {
+				if p.find(peer) == nil {
+					n.Add(d.where, "peer", peer, "there is no such peer; nobody of it is called")
+				}
+			})
+		}
+		return
+	}
+	const why = "the token lacks this right, without which the roots of peers are not known: "
+	k.called(func(d *declared, peer string) {
+		n.Add(d.where, "peering:read", "", why+"nobody of peer "+peer+" is called")
+	})
+	if slices.ContainsFunc(list, func(i intentions.Intention) bool { return i.Source.Peer != "" }) {
+		n.Add("intentions", "peering:read", "", why+"callers of peers are denied")
+	}
+}
+
+// called visits every peer that an upstream leads to.
+func (k *sidecar) called(visit func(d *declared, peer string)) {
+	for _, d := range k.declared {
+		k.upstreams[d.name].peers(func(peer string) { visit(d, peer) })
+	}
+}
+
+// bundles are our own roots and those of every peer. A peer whose roots are not known is called by
+// nobody, and calls nobody.
+func bundles(own *certs.Roots, peers []*peering) map[connect.BundleName]*certs.Roots {
 	out := map[connect.BundleName]*certs.Roots{connect.OwnBundle: own}
-	for _, u := range k.upstreams {
-		u.peers(func(peer string) {
-			if roots, ok := heard[*certs.Roots](st, k.client.bundle(peer).key); ok {
-				out[bundleOf(peer)] = roots
-			}
-		})
+	for _, p := range peers {
+		out[bundleOf(p.Name)] = p.roots
 	}
 	return out
 }
 
 // decides returns the policy made from what was heard; while that does not change, it is the
 // same pointer.
-func (k *sidecar) decides(p connect.Proxy, list []intentions.Intention, allow bool, tokens []*intentions.Provider) *intentions.Policy {
+func (k *sidecar) decides(p connect.Proxy, list []intentions.Intention, allow bool, tokens []*intentions.Provider, peers []*peering) *intentions.Policy {
 	conf := intentions.Config{Destination: p.Service, TrustDomain: p.TrustDomain,
 		ServerName: p.SPIFFEID().SNI(""), Community: p.Namespace == "" && p.Partition == "",
-		HTTP: k.inbound.protocol.IsHTTP(), DefaultAllow: allow, Intentions: list, Providers: tokens}
+		HTTP: k.inbound.protocol.IsHTTP(), DefaultAllow: allow, Intentions: list, Providers: tokens,
+		Peers: domains(peers), Gateway: certs.MeshGateway(p.TrustDomain, p.Datacenter)}
 	if k.policy == nil || !reflect.DeepEqual(conf, k.policyFor) {
 		k.policy, k.policyFor = intentions.NewPolicy(conf), conf
 	}

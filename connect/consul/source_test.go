@@ -43,6 +43,7 @@ func newMesh(t *testing.T) *mesh {
 		"Proxy":{"DestinationServiceName":"www","LocalServicePort":8080,"Upstreams":[{"DestinationName":"db","LocalBindPort":1}]}}`)
 	m.agent.Set("/v1/connect/intentions/match", `{"www":null}`)
 	m.agent.Set("/v1/config/mesh", `[]`)
+	m.agent.Set("/v1/peerings", `[]`)
 	m.agent.Set("/v1/agent/connect/authorize", `{"Authorized":false}`)
 	m.agent.Set("/v1/discovery-chain/db", `{"Chain":{"ServiceName":"db","Protocol":"tcp","StartNode":"resolver:db","Nodes":{"resolver:db":{"Type":"resolver","Name":"db","Resolver":{"ConnectTimeout":"7s","Target":"t"}}},"Targets":{"t":{"ID":"t","Service":"db","Datacenter":"dc1"}}}}`)
 	m.endpoints("passing", 1, 2)

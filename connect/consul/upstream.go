@@ -12,9 +12,10 @@ import (
 // nothing of it changes.
 type upstream struct {
 	*declared
-	client *Client
-	own    string // datacenter
-	asked  watch  // the chain, or the query
+	client    *Client
+	own       string   // datacenter
+	consumers []string // peers that it is exported to, if it is
+	asked     watch    // the chain, or the query
 
 	made   *made // what is in force
 	next   *made // what comes into force once its targets were heard of; nil: nothing
@@ -108,12 +109,12 @@ func (u *upstream) aim(m *made, to destination) *aim {
 			return one
 		}
 	}
-	one := &aim{name: to.name(), of: to}
+	one := &aim{name: to.name() + connect.TargetName(u.suffix), of: to}
 	switch {
 	case u.query:
 		one.name, one.asked = connect.TargetName(u.group), []watch{u.asked}
 	case to.peer != "":
-		one.asked = []watch{u.client.peered(to), u.client.bundle(to.peer)}
+		one.asked = []watch{u.client.peered(to), u.client.peerings()}
 		if to.via != "" {
 			one.asked = append(one.asked, u.client.meshGateways())
 		}
@@ -228,8 +229,13 @@ func addresses(list instances) (out []watch) {
 // add adds the nouns of an upstream, and reports whether everything was heard of.
 func (u *upstream) add(st *state, to *nouns, domain string) bool {
 	u.follow(st)
+	u.made.listener = to.listener(u.made.listener)
+	return u.lead(st, to, domain)
+}
+
+// lead adds the groups and targets that an upstream leads to.
+func (u *upstream) lead(st *state, to *nouns, domain string) bool {
 	m := u.made
-	m.listener = to.listener(m.listener)
 	for i, g := range m.groups {
 		m.groups[i] = to.group(g)
 	}

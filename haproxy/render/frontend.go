@@ -5,10 +5,12 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/hashicorp/go-multierror"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
+	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
 )
 
 // bind is where a listener listens.
@@ -24,7 +26,8 @@ func bind(b *builder, at connect.Bind) string {
 }
 
 // callers renders a listener that others connect to.
-func (f *file) callers(l *connect.Listener) (out []*Section) {
+func (f *file) callers(made *front, to [][]way) (out []*Section) {
+	l := made.listener
 	add := func(b *builder, comment string) {
 		if sec := f.must(b, comment); sec != nil {
 			own := *sec
@@ -46,7 +49,7 @@ func (f *file) callers(l *connect.Listener) (out []*Section) {
 	} else {
 		out = append(out, counters...)
 	}
-	add(f.public(l), "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
+	add(f.public(made, to), "callers: mutual TLS, judged per connection and policy, per request where an intention has permissions")
 	if plain := plainBranch(l); plain != nil {
 		const warning = "WARNING: permissive mutual TLS, plain connections are let in without intentions"
 		add(f.door(l, plain), warning)
@@ -66,9 +69,10 @@ func plainBranch(l *connect.Listener) *connect.Branch {
 	return nil
 }
 
-// public is the listener that the mesh calls.
-func (f *file) public(l *connect.Listener) *builder {
-	b := section(Frontend, publicFrontend)
+// public is a listener that the mesh calls, or peers through our own gateway.
+func (f *file) public(made *front, to [][]way) *builder {
+	l := made.listener
+	b := section(Frontend, frontendName(l))
 	http := l.Protocol().IsHTTP()
 	b.mode(http)
 	alpn := ""
@@ -79,9 +83,14 @@ func (f *file) public(l *connect.Listener) *builder {
 	if l.Protocol().IsHTTP2() {
 		alpn = " alpn h2,http/1.1"
 	}
-	at := bind(b, l.Bind)
-	if plainBranch(l) != nil { // the door has it
+	at := ""
+	switch {
+	case l.Role == connect.Exported:
+		at = "unix@" + f.path(innerSocket(l.Name)) + f.owned() + " accept-proxy"
+	case plainBranch(l) != nil: // the door has it
 		at = "unix@" + f.path(publicSocket) + f.owned() + " accept-proxy"
+	default:
+		at = bind(b, l.Bind)
 	}
 	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", at, f.path(LeafList), f.path(BundleFile(l.Guard().Callers)), alpn)
 	b.add("timeout client %s", ms(l.Idle))
@@ -93,11 +102,20 @@ func (f *file) public(l *connect.Listener) *builder {
 	most(b, l)
 	b.add("filter spoe engine hc config %s", f.path(SPOEFile))
 	f.log(b, http)
-	f.routes(b, &l.Branches[0].Chain)
+	if l.Role != connect.Exported {
+		f.routes(b, &l.Branches[0].Chain)
+	}
 	if http {
 		f.judgeRequests(b, l)
 	} else {
 		judgeConnections(b)
+	}
+	switch {
+	case l.Role != connect.Exported:
+	case plain(&l.Branches[0].Chain):
+		direct(b, &to[0][0])
+	default:
+		f.chain(b, made, to)
 	}
 	rates(b, l)
 	body(b, l)
@@ -146,10 +164,19 @@ func (f *file) log(b *builder, http bool) {
 		b.add("no log")
 		return
 	}
+	if http && f.peers() { // of a request that our gateway passes on, who is behind it
+		form.line = strings.ReplaceAll(form.line, "var("+sess+spoe.VarSource+")", "var(txn.source)")
+	}
 	for _, rule := range form.before {
 		b.add("%s", rule)
 	}
 	b.add("%s", `log-format "`+form.line+`"`)
+}
+
+// peers reports whether services of peers may call.
+func (f *file) peers() bool {
+	public := f.snap.Public()
+	return public != nil && len(public.Guard().Peers) > 0
 }
 
 // logs reports whether there is an access log.
@@ -262,4 +289,27 @@ func says(b *builder, who, bad, unavailable, late string) {
 	}{{502, bad}, {503, unavailable}, {504, late}} {
 		b.add(`http-error status %d content-type text/plain string "haproxy-connect (%s): %s"`, e.status, who, e.text)
 	}
+}
+
+// leafList says which leaf is shown, and by which roots a caller is verified: by our own, but for
+// the names by which a peer's services ask. A line without a name would make 2.6 forget to verify
+// anybody, once the leaf is replaced.
+func (f *file) leafList() {
+	if f.snap.Leaf() == nil {
+		return
+	}
+	leaf := f.path(LeafFile(connect.OwnLeaf))
+	text := leaf + " dummy.invalid\n"
+	if public := f.snap.Public(); public != nil {
+		for _, p := range public.Guard().Peers {
+			suffix, err := word("peer", p.Suffix)
+			roots := f.snap.Bundles[p.Bundle]
+			if err != nil || roots == nil {
+				continue // nobody of this peer is let in
+			}
+			f.Bundles[BundleFile(p.Bundle)] = roots
+			text += fmt.Sprintf("%s [ca-file %s verify required] *%s\n", leaf, f.path(BundleFile(p.Bundle)), suffix)
+		}
+	}
+	f.Files[LeafList] = text
 }

@@ -14,6 +14,9 @@ import (
 // forwardsCert reports whether the application is told the caller's certificate: as
 // in Consul, not with grpc.
 func forwardsCert(l *connect.Listener) bool {
+	if l.Role == connect.Exported { // the service learns from it who calls
+		return l.Protocol().IsHTTP()
+	}
 	return l.Protocol().IsHTTP() && l.Protocol() != connect.GRPC && !l.Guard().SanitizeXFCC
 }
 
@@ -217,6 +220,10 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 		b.add("http-request set-var(txn.reason) var(%s%s) if %s", txn, spoe.VarRequestReason, ask)
 	}
 	b.add("http-request set-var(txn.verdict) var(%s%s) if %s", txn, spoe.VarRequestVerdict, ask)
+	if f.logs() && f.peers() {
+		b.add("http-request set-var(txn.source) var(%s%s)", sess, spoe.VarSource)
+		b.add("http-request set-var(txn.source) var(%s%s) if { var(%s%s) -m found }", txn, spoe.VarRequestSource, txn, spoe.VarRequestSource)
+	}
 	explain := ""
 	if f.ExplainDenials {
 		explain = " hdr X-Denied-Reason %[var(txn.reason)]"
@@ -231,14 +238,16 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 	for _, p := range g.Policy.Providers() {
 		b.token(p)
 	}
-	own := b.check("own identity", f.snap.Proxy.SPIFFEID().String())
+	own := b.check("own identity", f.snap.Leaf().ID.String())
 	const header = "X-Forwarded-Client-Cert"
 	if forwardsCert(l) {
 		// What an earlier hop said is kept before what is known here. No proxy of the mesh
 		// sends the header in more than one line: then nothing of it is kept.
 		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
 		// With an open quote in theirs, ours would become a part of it.
-		b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
+		if !g.Outside {
+			b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
+		}
 		spellings(b, f.ourHeaders())
 		b.add("http-request set-header %s %s", header, element)
 		b.add("http-request set-header %s %%[var(txn.xfcc)],%%[req.fhdr(%s)] if { var(txn.xfcc) -m found }", header, header)
@@ -255,5 +264,8 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 	// Always set, never added: a caller cannot forge who called.
 	if g.CallerHeader != "" {
 		b.add("http-request set-header %s %%[var(%s%s)]", g.CallerHeader, sess, spoe.VarService)
+		if len(g.Peers) > 0 {
+			b.add("http-request set-header %s %%[var(%s%s)] if { var(%s%s) -m found }", g.CallerHeader, txn, spoe.VarRequestService, txn, spoe.VarRequestService)
+		}
 	}
 }

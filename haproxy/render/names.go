@@ -36,6 +36,7 @@ const (
 // before it and tells TLS from plain connections.
 const (
 	publicFrontend = "public"
+	exportedPrefix = "exported_"
 	door           = "permissive"
 	doorToTLS      = "permissive_tls"
 )
@@ -43,8 +44,11 @@ const (
 // frontendName is the name of a listener's frontend. An upstream's has a prefix, as the
 // upstream may have the name of another listener.
 func frontendName(l *connect.Listener) string {
-	if l.Role == connect.Local {
+	switch l.Role {
+	case connect.Local:
 		return "up_" + l.Name
+	case connect.Exported:
+		return exportedPrefix + l.Name
 	}
 	return l.Name
 }
@@ -61,7 +65,7 @@ func backendName(g *connect.Group, place int) string {
 // Guarded reports whether a session of this frontend and backend belongs to a caller who needs
 // a verdict: it is at the public listener, or on its way there through the door.
 func Guarded(frontend, backend string) bool {
-	return frontend == publicFrontend || frontend == door && backend == doorToTLS
+	return frontend == publicFrontend || strings.HasPrefix(frontend, exportedPrefix) || frontend == door && backend == doorToTLS
 }
 
 // Paths under the run directory.
@@ -159,6 +163,9 @@ func (s Slot) Key() string { return strconv.Itoa(slotID(s.ID)) }
 func rateTable(l *connect.Listener, n int) string {
 	return fmt.Sprintf("%s:rate:%d", frontendName(l), n+1)
 }
+
+// innerSocket is where the listener of this name is reached from inside.
+func innerSocket(name string) string { return "sock/inner-" + connect.Digest(name) }
 
 // relayBackend is one of those that a relay passes connections on to.
 func relayBackend(n int) string { return fmt.Sprintf("relay_%d", n) }

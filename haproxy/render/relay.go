@@ -64,7 +64,7 @@ func (f *file) relays() {
 		if old != nil && n < len(old.targets) && old.targets[n] == now.targets[n] {
 			now.sections[n] = old.sections[n]
 		} else {
-			now.sections[n] = relaySection(head, n, now.targets[n])
+			now.sections[n] = f.relaySection(head, n, now.targets[n])
 		}
 	}
 	f.Sections = append(f.Sections, now.sections...)
@@ -174,13 +174,16 @@ func (f *file) names(list []*connect.Listener, t *RelayTable) {
 }
 
 // relaySection is the backend of one number: all differ in their name and their servers alone.
-func relaySection(head *Section, n int, t *connect.Target) *Section {
+func (f *file) relaySection(head *Section, n int, t *connect.Target) *Section {
 	sec := *head
 	sec.Name = relayBackend(n)
 	sec.ID = string(Backend) + " " + sec.Name
 	sec.Head = strings.Replace(head.Head, relayBackend(0)+" ", sec.Name+" ", 1)
 	if t != nil {
 		sec.Group, sec.Target = connect.GroupName(t.Name), t.Name
+		if t.Dial.How == connect.Inner {
+			sec.Servers = []Server{{Name: "inner", Address: "unix@" + f.path(innerSocket(t.Service)), Weight: 1, Options: " send-proxy-v2"}}
+		}
 		seen := map[string]bool{}
 		for i := range t.Endpoints {
 			e := &t.Endpoints[i]

@@ -176,9 +176,7 @@ func (r *Renderer) begin(s *connect.Snapshot, prev *Config) *file {
 	if f.LosesAnswers {
 		c.Files[lua.DenyFile] = lua.Deny
 	}
-	if s.Leaf() != nil {
-		c.Files[LeafList] = f.path(LeafFile(connect.OwnLeaf)) + " dummy.invalid\n" // a name filter, or 2.6 forgets client verification
-	}
+	f.leafList()
 	c.Maps[PolicyMap] = &LiveMap{Entries: []Entry{{PolicyKey, s.Generation(r.opt.Version)}}}
 	if prev != nil {
 		c.Verified = prev.Verified
@@ -249,9 +247,9 @@ func (f *file) listeners() (open []*front) {
 		}
 		if open = append(open, one); l.Role == connect.Local {
 			f.next.fronts[l] = one
-			for _, e := range one.live {
-				f.entry(e)
-			}
+		}
+		for _, e := range one.live {
+			f.entry(e)
 		}
 	}
 	for name, m := range f.Maps {
@@ -277,7 +275,7 @@ func (f *file) same(one *front) bool {
 func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
 	made := &front{listener: l}
 	if l.Role == connect.Relay {
-		made.sections = f.callers(l)
+		made.sections = f.callers(made, nil)
 		return made, nil
 	}
 	var all [][]way
@@ -295,7 +293,7 @@ func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error
 		all = append(all, to...)
 	}
 	if l.Role != connect.Local {
-		made.sections = f.callers(l)
+		made.sections = f.callers(made, all)
 	}
 	return made, f.lead(made, all, fresh)
 }

@@ -55,7 +55,7 @@ func plain(c *connect.Chain) bool {
 
 // routed reports whether a listener needs what Lua does for routes.
 func routed(l *connect.Listener) bool {
-	return l.Role == connect.Local && l.Protocol().IsHTTP() && !plain(&l.Branches[0].Chain)
+	return (l.Role == connect.Local || l.Role == connect.Exported) && l.Protocol().IsHTTP() && !plain(&l.Branches[0].Chain)
 }
 
 // ways are where a chain leads: for each route, for each split.

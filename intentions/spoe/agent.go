@@ -56,6 +56,9 @@ const (
 	VarRequestVerdict = "request_verdict" // Allow or Deny
 	VarRequestRule    = "request_rule"
 	VarRequestReason  = "request_reason"
+	// Only of a request that our mesh gateway passes on for a peer's service:
+	VarRequestSource  = "request_source"  // that service's SPIFFE ID
+	VarRequestService = "request_service" // and its name
 
 	Allow = "allow"
 	Deny  = "deny"

@@ -21,18 +21,28 @@ type answer struct {
 	valid   bool // the certificate has an identity
 	allowed bool // or judged per request: the caller may be forwarded
 	counter Counter
-	byRule  map[intentions.Decision]Counter // counters of its other verdicts: on requests and server names
+	byRule  map[counted]Counter // counters of its other verdicts: on requests and server names
 }
 
+// counted is a verdict, and whose it is: of a gateway that of who is behind it.
+type counted struct {
+	source string
+	intentions.Decision
+}
+
+// maxCounted bounds the counters that one certificate's answer keeps at hand.
+const maxCounted = 1024
+
 // count counts a request's verdict; the counter is looked up once per rule.
-func (ans *answer) count(a *Agent, d intentions.Decision) {
-	c, ok := ans.byRule[d]
+func (ans *answer) count(a *Agent, source string, d intentions.Decision) {
+	key := counted{source, d}
+	c, ok := ans.byRule[key]
 	if !ok {
-		if ans.byRule == nil {
-			ans.byRule = map[intentions.Decision]Counter{}
+		if ans.byRule == nil || len(ans.byRule) >= maxCounted {
+			ans.byRule = map[counted]Counter{}
 		}
-		c = a.counter(ans.source, d)
-		ans.byRule[d] = c
+		c = a.counter(source, d)
+		ans.byRule[key] = c
 	}
 	c.Inc()
 }
@@ -144,9 +154,9 @@ func (c *conn) perConnection(out []byte, m *message) []byte {
 	if ans.valid && m.src.IsValid() {
 		c.agent.remember(netip.AddrPortFrom(m.src, m.port), netip.AddrPortFrom(m.dst, m.dstPort), ans.id, ans.allowed)
 	}
-	if len(m.serverName) > 0 && ans.allowed {
-		if d, ok := c.epoch.policy.Accepts(alias(m.serverName)); !ok {
-			ans.count(c.agent, d)
+	if ans.allowed {
+		if d, ok := c.epoch.policy.Accepts(alias(m.serverName), ans.id); !ok {
+			ans.count(c.agent, ans.source, d)
 			d.Reason += ": " + printable(string(m.serverName))
 			c.agent.report(c.epoch, ans.source, d)
 			return c.verdict(out, Deny, ans, d)
@@ -220,12 +230,21 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	ans := c.answer(m.cert)
 	d := intentions.Decision{Rule: "identity", Reason: "the certificate has no service identity"}
 	from := len(out)
+	caller, source := ans.id, ans.source
 	if ans.valid {
 		// The strings alias the frame's buffer: they are valid only until this frame is answered.
 		c.request.Method, c.request.Path, c.request.Query = alias(m.method), alias(m.path), alias(m.query)
 		if parseHeaders(m.headers, &c.request) {
-			if d = c.epoch.policy.Decide(ans.id, &c.request); d.Allow {
+			var known bool
+			if caller, known = c.epoch.policy.Behind(ans.id, &c.request); !known {
+				d = intentions.Decision{Rule: "identity", Reason: "our mesh gateway does not name a peer's service in X-Forwarded-Client-Cert"}
+			} else if d = c.epoch.policy.Decide(caller, &c.request); d.Allow {
 				out = c.payloads(out)
+			}
+			if caller != ans.id {
+				source = caller.String()
+				out = appendSetVar(out, scopeTransaction, VarRequestSource, source)
+				out = appendSetVar(out, scopeTransaction, VarRequestService, caller.Service)
 			}
 		} else {
 			d = intentions.Decision{Rule: "headers", Reason: "the request's headers cannot be read"}
@@ -234,14 +253,14 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 	if len(out)-from > maxPayloads {
 		out, d = out[:from], intentions.Decision{Rule: "tokens", Reason: "the payloads of the request's tokens are too long"}
 	}
-	ans.count(c.agent, d)
+	ans.count(c.agent, source, d)
 	if d.Allow {
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Allow)
 	} else {
-		if ans.valid && d.Rule != "headers" && d.Rule != "tokens" {
-			d.Reason = c.epoch.policy.Explain(ans.id, &c.request)
+		if ans.valid && d.Rule != "headers" && d.Rule != "tokens" && d.Rule != "identity" {
+			d.Reason = c.epoch.policy.Explain(caller, &c.request)
 		}
-		c.agent.report(c.epoch, ans.source, d)
+		c.agent.report(c.epoch, source, d)
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Deny)
 		out = appendSetVar(out, scopeTransaction, VarRequestReason, sentence(d.Reason))
 	}

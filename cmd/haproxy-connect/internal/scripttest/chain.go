@@ -1,6 +1,7 @@
 package scripttest
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -124,6 +125,73 @@ func (w *world) cmdDatacenter(ts *testscript.TestScript, _ bool, args []string) 
 	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
 }
 
+// cmdCluster runs "cluster NAME": what follows is about the cluster of that name, a Consul of its own,
+// which is started when it is first named; "cluster dc1" is the first one. $CONSUL_GRPC_ADDR is its
+// gRPC port.
+func (w *world) cmdCluster(ts *testscript.TestScript, _ bool, args []string) {
+	if w.datacenters == nil {
+		w.datacenters = map[string]string{"dc1": w.httpAt}
+		w.grpc = map[string]string{"dc1": ts.Getenv("CONSUL_GRPC_ADDR")}
+	}
+	if w.datacenters[args[0]] == "" {
+		var p [6]int
+		for i := range p {
+			var err error
+			p[i], err = freePort()
+			ts.Check(err)
+		}
+		w.datacenters[args[0]] = w.anotherServer(ts, args[0], fmt.Sprintf("127.0.0.1:%d", p[0]), fmt.Sprintf(`data_dir = %q
+datacenter = %q
+server = true
+bootstrap_expect = 1
+bind_addr = "127.0.0.1"
+log_level = "warn"
+performance { raft_multiplier = 1 }
+connect { enabled = true }
+acl { enabled = true, default_policy = %q, tokens { initial_management = "mastertoken", agent = "mastertoken" } }
+ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = %d, grpc_tls = %d }
+default_intention_policy = "deny"
+`, filepath.Join(w.dir, args[0]), args[0], w.policy, p[0], p[1], p[2], p[3], p[4], p[5]))
+		w.grpc[args[0]] = fmt.Sprintf("127.0.0.1:%d", p[4])
+	}
+	w.httpAt = w.datacenters[args[0]]
+	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
+	ts.Setenv("CONSUL_GRPC_ADDR", w.grpc[args[0]])
+}
+
+// cmdPeering runs "peering ACCEPTOR NAME DIALER NAME": two clusters become peers; each NAME is that of
+// the other one, as the cluster before it calls it.
+func (w *world) cmdPeering(ts *testscript.TestScript, _ bool, args []string) {
+	now := w.httpAt
+	defer func() { w.httpAt = now }()
+	post := func(cluster, path, body string) []byte {
+		w.httpAt = w.datacenters[cluster]
+		var out []byte
+		if err := eventually(patience, func() (err error) {
+			out, err = w.call(http.MethodPost, path, []byte(body))
+			return err
+		}); err != nil {
+			ts.Fatalf("%s: %v", path, err)
+		}
+		return out
+	}
+	var token struct{ PeeringToken string }
+	ts.Check(json.Unmarshal(post(args[0], "/v1/peering/token", fmt.Sprintf(`{"PeerName":%q}`, args[1])), &token))
+	post(args[2], "/v1/peering/establish", fmt.Sprintf(`{"PeerName":%q,"PeeringToken":%q}`, args[3], token.PeeringToken))
+	for cluster, name := range map[string]string{args[0]: args[1], args[2]: args[3]} {
+		w.httpAt = w.datacenters[cluster]
+		if err := eventually(patience, func() error {
+			b, err := w.call(http.MethodGet, "/v1/peering/"+name, nil)
+			if err == nil && !strings.Contains(string(b), `"State":"ACTIVE"`) {
+				err = fmt.Errorf("%s", b)
+			}
+			return err
+		}); err != nil {
+			ts.Fatalf("peering %s of %s: %v", name, cluster, err)
+		}
+	}
+}
+
 var serfWAN = regexp.MustCompile(`serf_wan = (\d+)`)
 
 func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string {
@@ -134,8 +202,7 @@ func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string 
 		p[i], err = freePort()
 		ts.Check(err)
 	}
-	file := filepath.Join(w.dir, name+".hcl")
-	ts.Check(os.WriteFile(file, fmt.Appendf(nil, `data_dir = %q
+	return w.anotherServer(ts, name, fmt.Sprintf("127.0.0.1:%d", p[0]), fmt.Sprintf(`data_dir = %q
 datacenter = %q
 retry_join_wan = ["127.0.0.1:%s"]
 server = true
@@ -146,14 +213,19 @@ performance { raft_multiplier = 1 }
 connect { enabled = true }
 acl { enabled = true, default_policy = %q, enable_token_replication = true, tokens { replication = "mastertoken", agent = "mastertoken" } }
 ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
-`, filepath.Join(w.dir, name), name, serfWAN.FindSubmatch(primary)[1], w.policy, p[0], p[1], p[2], p[3]), 0o600))
-	cmd := exec.Command(w.consul, "agent", "-config-file", file, "-config-file", w.more, "-node", name+"-node")
+`, filepath.Join(w.dir, name), name, serfWAN.FindSubmatch(primary)[1], w.policy, p[0], p[1], p[2], p[3]), "-config-file", w.more)
+}
+
+// anotherServer starts a server with this configuration, which answers at the address, and returns the address.
+func (w *world) anotherServer(ts *testscript.TestScript, name, at, conf string, flags ...string) string {
+	file := filepath.Join(w.dir, name+".hcl")
+	ts.Check(os.WriteFile(file, []byte(conf), 0o600))
+	cmd := exec.Command(w.consul, append([]string{"agent", "-config-file", file, "-node", name + "-node"}, flags...)...)
 	out := &logBuffer{}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	ts.Check(cmd.Start())
 	w.env.Defer(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	at := fmt.Sprintf("127.0.0.1:%d", p[0])
 	first := w.httpAt
 	defer func() { w.httpAt = first }()
 	w.httpAt = at
@@ -164,7 +236,7 @@ ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -
 		}
 		return err
 	}); err != nil {
-		ts.Fatalf("the second datacenter does not start: %v\n%s", err, out)
+		ts.Fatalf("the server of %s does not start: %v\n%s", name, err, out)
 	}
 	return at
 }

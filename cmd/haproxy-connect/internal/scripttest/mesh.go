@@ -31,12 +31,9 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 	if len(args) > 0 {
 		ttl = args[0]
 	}
-	var roots struct{ TrustDomain string }
-	b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
-	ts.Check(err)
-	ts.Check(json.Unmarshal(b, &roots))
 	w.before = w.ca
-	w.ca, err = certs.NewAuthority(roots.TrustDomain)
+	var err error
+	w.ca, err = certs.NewAuthority(w.trustDomain(ts))
 	ts.Check(err)
 	body, err := json.Marshal(map[string]any{"Provider": "consul", "Config": map[string]any{
 		"PrivateKey": w.ca.KeyPEM, "RootCert": w.ca.CertPEM, "LeafCertTTL": ttl, "IntermediateCertTTL": "8760h",
@@ -45,6 +42,15 @@ func (w *world) cmdRotateRoots(ts *testscript.TestScript, _ bool, args []string)
 	ts.Check(err)
 	_, err = w.call(http.MethodPut, "/v1/connect/ca/configuration", body)
 	ts.Check(err)
+}
+
+// trustDomain is that of the cluster that the script is about now.
+func (w *world) trustDomain(ts *testscript.TestScript) string {
+	var roots struct{ TrustDomain string }
+	b, err := w.call(http.MethodGet, "/v1/connect/ca/roots", nil)
+	ts.Check(err)
+	ts.Check(json.Unmarshal(b, &roots))
+	return roots.TrustDomain
 }
 
 // cmdLeafRoot runs "leaf-root ADDR...": it waits until each listener presents a leaf of the newest root, and
@@ -105,16 +111,24 @@ func (w *world) cmdLeafRoot(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// cmdMeshCall runs "mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME] [tls=1.2]": it calls a
+// cmdMeshCall runs "mesh-call ok|refused|403 ADDR none|foreign|expired|two-uris|SERVICE [sni=NAME] [tls=1.2] [of=HERE]": it calls a
 // public listener directly, without a sidecar, with the certificate that is named, until the outcome is as wanted.
 func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 	conf := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} // the listener is what is tested
+	here := false
 	for _, a := range args[3:] {
 		if a == "tls=1.2" {
 			conf.MaxVersion = tls.VersionTLS12
 			continue
 		}
+		if a == "of=HERE" {
+			here = true
+			continue
+		}
 		conf.ServerName, _ = strings.CutPrefix(a, "sni=")
+		if strings.Contains(a, "HERE") {
+			conf.ServerName = strings.ReplaceAll(conf.ServerName, "HERE", w.trustDomain(ts))
+		}
 		conf.ServerName = strings.ReplaceAll(conf.ServerName, "TRUSTDOMAIN", w.ca.TrustDomain)
 	}
 	if who := args[2]; who != "none" {
@@ -130,7 +144,11 @@ func (w *world) cmdMeshCall(ts *testscript.TestScript, _ bool, args []string) {
 		case "two-uris":
 			service = "www"
 		}
-		u, err := url.Parse(ca.ID(service).String())
+		id := ca.ID(service)
+		if here {
+			id.TrustDomain = w.trustDomain(ts)
+		}
+		u, err := url.Parse(id.String())
 		ts.Check(err)
 		uris := []*url.URL{u}
 		if who == "two-uris" {

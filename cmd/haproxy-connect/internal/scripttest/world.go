@@ -120,6 +120,7 @@ const patience = 40 * time.Second
 // world is what one script runs in: a Consul, applications, sidecars.
 type world struct {
 	datacenters map[string]string // HTTP addresses, by name
+	grpc        map[string]string // of clusters, by name
 	env         *testscript.Env
 	consul      string
 	haproxy     string
@@ -209,7 +210,7 @@ func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string
 }
 
 var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
-	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter),
+	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter), "cluster": inWorld((*world).cmdCluster), "peering": inWorld((*world).cmdPeering),
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "forget": inWorld((*world).cmdForget), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
