@@ -119,10 +119,23 @@ func (w *world) cmdDatacenter(ts *testscript.TestScript, _ bool, args []string) 
 		w.datacenters = map[string]string{"dc1": w.httpAt}
 	}
 	if w.datacenters[args[0]] == "" {
-		w.datacenters[args[0]] = w.secondDatacenter(ts, args[0])
+		w.datacenters[args[0]] = w.secondDatacenter(ts, args...)
 	}
 	w.httpAt = w.datacenters[args[0]]
 	ts.Setenv("CONSUL_HTTP_ADDR", w.httpAt)
+}
+
+// cmdServerTLS runs "server-tls": it makes a certificate for the servers of dc1 and dc2, for RPC between
+// them: $DIR/consul-agent-ca.pem, $DIR/dc1-server-consul-0.pem and $DIR/dc1-server-consul-0-key.pem.
+func (w *world) cmdServerTLS(ts *testscript.TestScript, _ bool, _ []string) {
+	for _, args := range [][]string{{"tls", "ca", "create"}, {"tls", "cert", "create", "-server", "-dc", "dc1", "-additional-dnsname", "server.dc2.consul",
+		"-additional-dnsname", "node1.server.dc1.consul", "-additional-dnsname", "dc2-node.server.dc2.consul"}} {
+		cmd := exec.Command(w.consul, args...)
+		cmd.Dir = w.dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			ts.Fatalf("consul %v: %v\n%s", args, err, out)
+		}
+	}
 }
 
 // cmdCluster runs "cluster NAME": what follows is about the cluster of that name, a Consul of its own,
@@ -194,9 +207,14 @@ func (w *world) cmdPeering(ts *testscript.TestScript, _ bool, args []string) {
 
 var serfWAN = regexp.MustCompile(`serf_wan = (\d+)`)
 
-func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string {
+func (w *world) secondDatacenter(ts *testscript.TestScript, args ...string) string {
+	name := args[0]
 	primary, err := os.ReadFile(filepath.Join(w.dir, "consul.hcl"))
 	ts.Check(err)
+	join := fmt.Sprintf("retry_join_wan = [\"127.0.0.1:%s\"]", serfWAN.FindSubmatch(primary)[1])
+	if len(args) > 1 {
+		join = args[1]
+	}
 	var p [4]int
 	for i := range p {
 		p[i], err = freePort()
@@ -204,7 +222,7 @@ func (w *world) secondDatacenter(ts *testscript.TestScript, name string) string 
 	}
 	return w.anotherServer(ts, name, fmt.Sprintf("127.0.0.1:%d", p[0]), fmt.Sprintf(`data_dir = %q
 datacenter = %q
-retry_join_wan = ["127.0.0.1:%s"]
+%s
 server = true
 bootstrap_expect = 1
 bind_addr = "127.0.0.1"
@@ -213,7 +231,7 @@ performance { raft_multiplier = 1 }
 connect { enabled = true }
 acl { enabled = true, default_policy = %q, enable_token_replication = true, tokens { replication = "mastertoken", agent = "mastertoken" } }
 ports { http = %d, server = %d, serf_lan = %d, serf_wan = %d, dns = -1, grpc = -1, grpc_tls = -1 }
-`, filepath.Join(w.dir, name), name, serfWAN.FindSubmatch(primary)[1], w.policy, p[0], p[1], p[2], p[3]), "-config-file", w.more)
+`, filepath.Join(w.dir, name), name, join, w.policy, p[0], p[1], p[2], p[3]), "-config-file", w.more)
 }
 
 // anotherServer starts a server with this configuration, which answers at the address, and returns the address.

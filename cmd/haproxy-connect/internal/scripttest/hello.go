@@ -1,0 +1,82 @@
+package scripttest
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// single writes byte by byte, each in a segment of its own.
+type single struct{ net.Conn }
+
+func (s single) Write(b []byte) (int, error) {
+	for i := range b {
+		if _, err := s.Conn.Write(b[i : i+1]); err != nil {
+			return i, err
+		}
+	}
+	return len(b), nil
+}
+
+// cmdHello runs "hello ok|closed ADDR SNI [single] [size=N]": it begins a TLS handshake that asks for a
+// name, "-" for none, "HERE" in it the trust domain of the cluster; single sends each byte in a segment
+// of its own, and size makes the hello about so many bytes long. The server's half must come, or the
+// connection must be closed within a second.
+func (w *world) cmdHello(ts *testscript.TestScript, _ bool, args []string) {
+	name, err := strconv.Unquote(`"` + args[2] + `"`)
+	ts.Check(err)
+	if strings.Contains(name, "HERE") {
+		name = strings.ReplaceAll(name, "HERE", w.trustDomain(ts))
+	}
+	conf := &tls.Config{InsecureSkipVerify: true, ServerName: name}
+	if name == "-" {
+		conf.ServerName = ""
+	}
+	slow := false
+	for _, a := range args[3:] {
+		if size, ok := strings.CutPrefix(a, "size="); ok {
+			n, err := strconv.Atoi(size)
+			ts.Check(err)
+			for range n / 201 {
+				conf.NextProtos = append(conf.NextProtos, strings.Repeat("x", 200))
+			}
+		} else if slow = a == "single"; !slow {
+			ts.Fatalf("hello: %q is unknown", a)
+		}
+	}
+	once := func() error {
+		c, err := net.DialTimeout("tcp", args[1], time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		begun := time.Now()
+		if slow {
+			c = single{c}
+		}
+		err = tls.Client(c, conf).Handshake()
+		if took := time.Since(begun); args[0] == "closed" && took > time.Second {
+			return fmt.Errorf("it took %s", took)
+		}
+		return err
+	}
+	err = eventually(patience, func() error {
+		switch err := once(); {
+		case args[0] == "closed" && err == nil:
+			return errors.New("served")
+		case args[0] == "ok":
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("hello %v: %v\n%s", args, err, w.allLogs())
+	}
+}
