@@ -75,13 +75,14 @@ type Snapshot struct {
 	Telemetry Telemetry
 	Snippets  map[SnippetName]string // lines, each with its end; none is empty
 	Notices   []Notice               // sorted
+	Peers     []Peer                 // sorted by Name; for people
 }
 
 // Same reports whether two snapshots are equal; nouns are compared by their pointers.
 func (s *Snapshot) Same(o *Snapshot) bool {
 	return o != nil && s.Proxy == o.Proxy && s.AccessLog == o.AccessLog && s.Telemetry == o.Telemetry && s.Incoming == o.Incoming && s.Outgoing == o.Outgoing &&
 		slices.Equal(s.Listeners, o.Listeners) && slices.Equal(s.Groups, o.Groups) && slices.Equal(s.Targets, o.Targets) &&
-		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && maps.Equal(s.Snippets, o.Snippets) && slices.Equal(s.Notices, o.Notices)
+		maps.Equal(s.Leaves, o.Leaves) && maps.Equal(s.Bundles, o.Bundles) && maps.Equal(s.Snippets, o.Snippets) && slices.Equal(s.Notices, o.Notices) && slices.Equal(s.Peers, o.Peers)
 }
 
 // Leaf returns the proxy's own leaf.
@@ -177,6 +178,13 @@ type Proxy struct {
 	Partition   string
 	Datacenter  string
 	TrustDomain string
+}
+
+// Peer is another cluster with which this one is peered.
+type Peer struct {
+	Name, State        string // State as Consul spells it: ACTIVE, PENDING, FAILING ...
+	TrustDomain        string // "": its roots are not known
+	Imported, Exported int    // services
 }
 
 // TLS is which versions and ciphers may be used. The zero value is TLS 1.2 at least.

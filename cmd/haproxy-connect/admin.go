@@ -225,7 +225,9 @@ type statusReport struct {
 	Callers   []statusCaller    `json:"callers,omitempty"`
 	Refusals  uint64            `json:"identity_refusals"`
 	Upstreams []statusUpstream  `json:"upstreams"`
-	Relays    []statusRelay     `json:"relays,omitempty"` // of a gateway: which name leads where
+	Relays    []statusRelay     `json:"relays,omitempty"`  // of a gateway: which name leads where
+	Refused   uint64            `json:"refused,omitempty"` // connections to a gateway that asked for no name of those
+	Peers     []statusPeer      `json:"peers,omitempty"`
 	Feeds     []statusFeed      `json:"consul"`
 	Reloads   map[string]uint64 `json:"reloads"`
 	Last      string            `json:"last_reload,omitempty"`
@@ -283,7 +285,10 @@ func (s *sidecar) status() statusReport {
 	out.Callers, out.Refusals = s.metrics.list(), r.proc.Refusals()
 	stats := r.endpointStats(ctx)
 	out.Warnings = snap.Warnings()
-	out.Relays = relayStatus(snap, st.Running, stats)
+	out.Relays, out.Refused = relayStatus(snap, st.Running, stats), refusedNames(snap, stats)
+	for _, p := range snap.Peers {
+		out.Peers = append(out.Peers, statusPeer{p.Name, p.State, p.TrustDomain, p.Imported, p.Exported})
+	}
 	for _, l := range snap.Upstreams() {
 		out.Upstreams = append(out.Upstreams, upstreamStatus(snap, l, st.Running, stats))
 	}
@@ -316,20 +321,21 @@ func servePage(mux *http.ServeMux) {
 	}
 }
 
-// endpointStats reads HAProxy's statistics of servers, by backend and server name.
+// endpointStats reads HAProxy's statistics of servers, by backend and server name, and of frontends, by
+// name and "FRONTEND".
 func (s *running) endpointStats(ctx context.Context) map[string]map[string]string {
 	if !s.proc.Up() {
 		return nil
 	}
 	all := map[string]map[string]string{}
-	rows, _ := s.haproxyStats(ctx, 4) // without them the page says "unknown"
+	rows, _ := s.haproxyStats(ctx, 1+4) // without them the page says "unknown"
 	for _, row := range rows {
 		all[row["pxname"]+"/"+row["svname"]] = row
 	}
 	return all
 }
 
-// haproxyStats reads `show stat`: of frontends (1), backends (2) or servers (4).
+// haproxyStats reads `show stat`: of frontends (1), backends (2) or servers (4), or the sum of these.
 func (s *running) haproxyStats(ctx context.Context, kind int) ([]map[string]string, error) {
 	out, err := s.proc.Do(ctx, fmt.Sprintf("show stat -1 %d -1", kind), nil)
 	if err != nil {

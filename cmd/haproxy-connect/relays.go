@@ -23,6 +23,27 @@ type statusRelay struct {
 	Endpoints   []statusEndpoint `json:"endpoints"`
 }
 
+// statusPeer is a cluster with which this one is peered.
+type statusPeer struct {
+	Name        string `json:"name"`
+	State       string `json:"state"`
+	TrustDomain string `json:"trust_domain,omitempty"`
+	Imported    int    `json:"imported_services"`
+	Exported    int    `json:"exported_services"`
+}
+
+// refusedNames counts the connections to a gateway that asked for no name which leads anywhere, since
+// HAProxy was last started or reloaded.
+func refusedNames(snap *connect.Snapshot, stats map[string]map[string]string) (n uint64) {
+	for _, l := range snap.Listeners {
+		if l.Role == connect.Relay {
+			refused, _ := strconv.ParseUint(stats[l.Name+"/FRONTEND"]["dreq"], 10, 64)
+			n += refused
+		}
+	}
+	return n
+}
+
 // relayStatus tells where a gateway passes connections on to, sorted by target.
 func relayStatus(snap *connect.Snapshot, running *render.Config, stats map[string]map[string]string) []statusRelay {
 	by := map[connect.TargetName]*statusRelay{}
@@ -90,5 +111,12 @@ func printRelays(w io.Writer, s *statusReport) {
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\n", label(name), label(r.Target), label(e.Address), label(e.Node), r.Connections)
 			}
 		}
+	}
+	fmt.Fprintf(w, "\nrefused, as they asked for no such name: %d\n", s.Refused)
+	if len(s.Peers) > 0 {
+		fmt.Fprintln(w, "\nPEER\tSTATE\tIMPORTED\tEXPORTED\tTRUST DOMAIN")
+	}
+	for _, p := range s.Peers {
+		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\n", label(p.Name), label(p.State), p.Imported, p.Exported, label(cmp.Or(p.TrustDomain, "its roots are not known")))
 	}
 }

@@ -89,6 +89,10 @@ func (c *Client) Examine(ctx context.Context, w Selector) (f Facts, out []Findin
 		say("registration", Fail, err.Error(), hint(err))
 		return f, out
 	}
+	if s.Kind != api.ServiceKindConnectProxy {
+		f.Listens = c.examineGateway(ctx, s, say)
+		return f, out
+	}
 	name := s.Proxy.DestinationServiceName
 	say("registration", OK, fmt.Sprintf("%s is the sidecar of %s", id, name), "")
 	if err := certs.ServiceName(name); err != nil {

@@ -176,7 +176,7 @@ func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	snap = &connect.Snapshot{
 		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "mesh gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
 			Datacenter: k.own(), TrustDomain: roots.TrustDomain},
-		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, peers), Notices: notices.Sorted(),
+		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, peers), Notices: notices.Sorted(), Peers: all.shown(),
 	}
 	if k.leaf != nil {
 		snap.Leaves[connect.OwnLeaf] = k.leaf

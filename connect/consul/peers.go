@@ -136,6 +136,19 @@ func (p *peerings) find(name string) *peering {
 	return nil
 }
 
+// shown are the peers, for people.
+func (p *peerings) shown() (out []connect.Peer) {
+	for i := range p.list {
+		one := &p.list[i]
+		shown := connect.Peer{Name: one.Name, State: one.State, Imported: len(one.StreamStatus.ImportedServices), Exported: len(one.StreamStatus.ExportedServices)}
+		if one.roots != nil {
+			shown.TrustDomain = one.roots.TrustDomain
+		}
+		out = append(out, shown)
+	}
+	return out
+}
+
 // trusted are the peers whose roots are known and whose trust domain is nobody else's: neither ours
 // nor that of another peer, or one of them could vouch for the other's services.
 func (p *peerings) trusted(own string, n *connect.Notices) (out []*peering) {

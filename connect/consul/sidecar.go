@@ -149,7 +149,7 @@ func (k *sidecar) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	}
 	k.nouns = now
 	snippets := k.snippets(&notices)
-	snap = &connect.Snapshot{Snippets: snippets, Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
+	snap = &connect.Snapshot{Snippets: snippets, Peers: all.shown(), Proxy: proxy, AccessLog: k.inbound.accessLog, Telemetry: k.inbound.telemetry, Incoming: incoming, Outgoing: outgoing, Notices: notices.Sorted(),
 		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers)}
 	now.into(snap)
 	return snap, slow

@@ -40,7 +40,7 @@ const callers = (s) => {
   const labels = ["Caller", "Allowed", "Denied", "Why denied, last time"];
   const all = s.callers || [];
   $("callers").hidden = all.length === 0;
-  $("callers-note").textContent = !s.known || !s.service ? "Not known yet." : !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet."
+  $("callers-note").textContent = !s.known || !s.service ? "Not known yet." : s.kind && all.length === 0 ? "A gateway passes connections on: the services themselves decide who may call." : !s.listen ? "Nobody can call: this service has no port." : all.length === 0 ? "Nobody has called yet."
     : "Verdicts: one for each connection and policy, one for each request where an intention looks at requests.";
   fill($("callers").tBodies[0], all.map((c) => row(labels, [
     c.source ? service(c.source) + (service(c.source) === c.source ? "" : " (" + c.source + ")") : "no identity",
@@ -106,6 +106,29 @@ const upstreams = (s) => {
   }));
 };
 
+const bytes = (n) => {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let i = 0;
+  for (; n >= 1000 && i < units.length - 1; i++) n /= 1000;
+  return (i ? n.toFixed(1) : n) + " " + units[i];
+};
+
+const gateway = (s) => {
+  $("gateway").hidden = !s.kind;
+  $("peering").hidden = !(s.peers || []).length;
+  $("gateway-note").textContent = plural((s.relays || []).length, "target") + "; " + count(s.refused) + " connections refused, as they asked for no such name.";
+  const labels = ["Name", "Leads to", "Endpoints", "Connections", "Received", "Sent"];
+  fill($("names").tBodies[0], (s.relays || []).map((r) => row(labels, [
+    r.names.join(", "), r.target, r.endpoints.length ? [r.endpoints.map((e) => e.address).join(", ")] : ["none", "bad"],
+    [count(r.connections), "n"], [bytes(r.bytes_in), "n"], [bytes(r.bytes_out), "n"],
+  ])));
+  const peer = ["Peer", "State", "Imported", "Exported", "Trust domain"];
+  fill($("peers").tBodies[0], (s.peers || []).map((p) => row(peer, [
+    p.name, [p.state, p.state === "ACTIVE" ? "good" : "warn"], [count(p.imported_services), "n"], [count(p.exported_services), "n"],
+    p.trust_domain || ["its roots are not known", "warn"],
+  ])));
+};
+
 const haproxy = (s) => {
   const reloads = Object.entries(s.reloads || {}).map(([why, n]) => why + " " + count(n)).join(", ") || "none";
   fill($("haproxy"), list([
@@ -134,7 +157,7 @@ const show = (s) => {
     $("state").textContent = text;
     $("state").className = s.ready ? "good" : "bad";
   }
-  callers(s); self(s); upstreams(s); haproxy(s); consul(s);
+  callers(s); self(s); upstreams(s); gateway(s); haproxy(s); consul(s);
 };
 
 const refresh = async () => {

@@ -1,0 +1,89 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// examineGateway asks everything that a mesh gateway asks, once, and names each right that is
+// missing. It returns the addresses that the gateway will listen on.
+func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sayer) (listens []string) {
+	say("registration", OK, fmt.Sprintf("%s is a gateway of kind %s", s.ID, s.Kind), "")
+	var n connect.Notices
+	for _, b := range gatewayBinds(s, &n) {
+		listens = append(listens, net.JoinHostPort(b.bind.Address, strconv.Itoa(b.bind.Port)))
+	}
+	for _, one := range n.Sorted() {
+		say("registration", Warn, one.String(), "")
+	}
+	if len(listens) == 0 {
+		say("listener", Fail, "the registration has no address to listen on", "register it with -address, or with envoy_gateway_bind_addresses")
+	}
+	ask := func(what string, w watch) any {
+		v, err := w.fetch(ctx, &cursor{})
+		if err != nil {
+			say(what, Fail, "cannot be read: "+err.Error(), hint(err))
+		}
+		return v
+	}
+	roots, _ := ask("roots", c.roots()).(*certs.Roots)
+	if names, ok := ask("services", c.services()).(serviceNames); ok {
+		level, text, fix := OK, fmt.Sprintf("%d may be read", len(names)), ""
+		if len(names) == 0 {
+			level, text, fix = Warn, "none may be read", `the token needs service_prefix "" and node_prefix "" with read: Consul leaves out what it may not read`
+		}
+		say("services", level, text, fix)
+	}
+	if all, ok := ask("mesh gateways", c.meshGateways()).(gateways); ok {
+		say("datacenters", OK, fmt.Sprintf("mesh gateways of %d are known", len(all)), "")
+	}
+	if p, ok := ask("peers", c.peerings()).(peerings); ok {
+		switch {
+		case p.denied:
+			say("peers", Warn, "the token lacks peering:read", `what is imported from peers is not passed on: peering = "read"`)
+		case len(p.list) == 0:
+			say("peers", OK, "none", "")
+		}
+		for _, one := range p.shown() {
+			level, fix := OK, ""
+			if one.State != "ACTIVE" {
+				level, fix = Warn, "is the peer's cluster up, and reachable by the servers?"
+			}
+			say("peers", level, fmt.Sprintf("%s is %s, %d services imported, %d exported", one.Name, one.State, one.Imported, one.Exported), fix)
+		}
+	}
+	x, ok := ask("exported services", c.exports()).(exportedServices)
+	switch {
+	case !ok:
+	case x.denied:
+		say("exported services", Warn, "the token lacks mesh:read", `what is exported to peers is not passed on: mesh = "read"`)
+	default:
+		say("exported services", OK, strconv.Itoa(len(x.list)), "")
+		if roots != nil && len(x.list) > 0 {
+			c.examineSigning(ctx, certs.MeshGateway(roots.TrustDomain, s.Datacenter), say)
+		}
+	}
+	return listens
+}
+
+// examineSigning tries what is needed only where a service of http is exported.
+func (c *Client) examineSigning(ctx context.Context, id certs.SPIFFEID, say sayer) {
+	_, err := c.sign(ctx, id, nil)
+	var right rightError
+	switch {
+	case err == nil:
+		say("leaf", OK, "the agent signs for "+id.String(), "")
+	case errors.As(err, &right):
+		say("leaf", Warn, "the token lacks "+right.right, `exported services of http are not passed on: mesh = "write"`)
+	default:
+		say("leaf", Warn, err.Error(), hint(err))
+	}
+}
