@@ -36,43 +36,66 @@ type Leaf struct {
 	keyPEM      string
 	NotBefore   time.Time
 	NotAfter    time.Time
-	Serial      string // hexadecimal, as `show ssl cert` prints it (upper case)
-	Fingerprint string // SHA-256 of the whole chain, hexadecimal
+	Serial      string   // hexadecimal, as `show ssl cert` prints it (upper case)
+	Fingerprint string   // SHA-256 of the whole chain, hexadecimal
+	Names       []string // of a pair: its common name and its DNS names
 	pair        tls.Certificate
+}
+
+// ParsePair reads a certificate of any other purpose than the mesh's, with its key; it has no ID.
+// The error never quotes the key.
+func ParsePair(chainPEM, keyPEM string) (*Leaf, error) {
+	l, cert, err := parse(chainPEM, keyPEM)
+	if err != nil {
+		return nil, err
+	}
+	l.Names = cert.DNSNames
+	if name := cert.Subject.CommonName; name != "" && !slices.Contains(l.Names, name) {
+		l.Names = append([]string{name}, l.Names...)
+	}
+	return l, nil
 }
 
 // ParseLeaf checks that chain and key belong together, that the leaf carries
 // exactly one SPIFFE ID, and takes its dates. The error never quotes the key.
 func ParseLeaf(chainPEM, keyPEM string) (*Leaf, error) {
+	l, cert, err := parse(chainPEM, keyPEM)
+	if err != nil {
+		return nil, err
+	}
+	if l.ID, err = FromCertificate(cert); err != nil {
+		return nil, fmt.Errorf("leaf certificate: %w", err)
+	}
+	return l, nil
+}
+
+// parse reads a chain and its key, and checks that they belong together.
+func parse(chainPEM, keyPEM string) (*Leaf, *x509.Certificate, error) {
 	chain, err := normalizePEM(chainPEM, "CERTIFICATE")
 	if err != nil {
-		return nil, fmt.Errorf("leaf certificate: %w", err)
+		return nil, nil, fmt.Errorf("leaf certificate: %w", err)
 	}
 	key, err := normalizePEM(keyPEM, "PRIVATE KEY")
 	if err != nil {
-		return nil, errors.New("leaf key: not a PEM private key")
+		return nil, nil, errors.New("leaf key: not a PEM private key")
 	}
 	pair, err := tls.X509KeyPair([]byte(chain), []byte(key))
 	if err != nil {
-		return nil, fmt.Errorf("leaf certificate and key: %w", err)
+		return nil, nil, fmt.Errorf("leaf certificate and key: %w", err)
 	}
 	cert, err := x509.ParseCertificate(pair.Certificate[0])
 	if err != nil {
-		return nil, fmt.Errorf("leaf certificate: %w", err)
+		return nil, nil, fmt.Errorf("leaf certificate: %w", err)
 	}
 	pair.Leaf = cert
-	id, err := FromCertificate(cert)
-	if err != nil {
-		return nil, fmt.Errorf("leaf certificate: %w", err)
-	}
 	sum := sha256.Sum256([]byte(chain))
 	return &Leaf{
-		ID: id, ChainPEM: chain, keyPEM: key,
+		ChainPEM: chain, keyPEM: key,
 		NotBefore: cert.NotBefore, NotAfter: cert.NotAfter,
 		Serial:      strings.ToUpper(hex.EncodeToString(cert.SerialNumber.Bytes())),
 		Fingerprint: hex.EncodeToString(sum[:]),
 		pair:        pair,
-	}, nil
+	}, cert, nil
 }
 
 // PEM is chain and key in one block without blank lines, the form that both the

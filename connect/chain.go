@@ -31,6 +31,11 @@ type Route struct {
 	Answer  HeaderEdits
 	Splits  []Split // at least one
 	Origin  string  // what in Consul says so, in words
+	// Of an Edge listener: routes of one site follow each other, and only requests for its hosts
+	// look at them. The edits come after those of the route.
+	Site                    string // fit for a name; "" of any other listener
+	Hosts                   []string
+	SiteRequest, SiteAnswer HeaderEdits
 }
 
 // HTTPMatch is a condition on a request. The zero value matches everything.

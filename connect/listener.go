@@ -17,11 +17,14 @@ const (
 	Open                     // plain on purpose: no TLS, no intentions
 	Relay                    // the mesh, whose connections are passed on by the name that they ask for
 	Exported                 // mutual TLS: services of peers, which a Relay passes on to here
+	Edge                     // clients outside the mesh, which a gateway lets in
 	Local                    // the application, which calls an upstream
 )
 
 // Callers reports whether others connect to the listener, and not our own application.
-func (r Role) Callers() bool { return r == Public || r == Open || r == Relay || r == Exported }
+func (r Role) Callers() bool {
+	return r == Public || r == Open || r == Relay || r == Exported || r == Edge
+}
 
 func (r Role) String() string {
 	switch r {
@@ -33,6 +36,8 @@ func (r Role) String() string {
 		return "relay"
 	case Exported:
 		return "exported"
+	case Edge:
+		return "edge"
 	case Local:
 		return "local"
 	}
@@ -52,6 +57,7 @@ type Listener struct {
 	// MaxConnections limits the connections; one more is refused at once. nil: unlimited.
 	MaxConnections *int
 	Extras         Extras
+	Door           *Door    // of Edge; nil: plain connections, whose paths are normalized as by default
 	Origin         string   // what in Consul says so, in words
 	Branches       []Branch // the first that matches
 }
@@ -115,6 +121,19 @@ type Guard struct {
 	Normalize    Normalize
 	SanitizeXFCC bool   // remove X-Forwarded-Client-Cert instead of setting it
 	CallerHeader string // request header that receives the caller's service name
+}
+
+// Door is how an Edge listener lets clients in.
+type Door struct {
+	Certificates []Certificate // none: no TLS. The first is shown to who asks for no name of the others
+	TLS          TLS
+	Normalize    Normalize
+}
+
+// Certificate is one that is shown to clients outside the mesh.
+type Certificate struct {
+	Leaf  LeafName
+	Names []string // that it is shown for; perhaps with a leading "*."
 }
 
 // PeerCallers are those of one peer: they ask by names that end in Suffix, and are verified by the
@@ -183,7 +202,7 @@ func (l *Listener) Warnings() (out []string) {
 	}
 	for _, b := range l.Branches {
 		switch {
-		case !l.Role.Callers() || l.Role == Relay || l.Role == Exported || b.Guard != nil:
+		case !l.Role.Callers() || l.Role == Relay || l.Role == Exported || l.Role == Edge || b.Guard != nil:
 		case l.Role == Public:
 			out = append(out, fmt.Sprintf("mutual TLS is permissive: plain connections to port %d are let in%s", b.Match.Port, anybody))
 		default:

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/render"
 	"github.com/haproxy-connect/haproxy-connect/haproxy/runtimeapi"
 )
@@ -289,7 +290,10 @@ func (s *sidecar) status() statusReport {
 	for _, p := range snap.Peers {
 		out.Peers = append(out.Peers, statusPeer{p.Name, p.State, p.TrustDomain, p.Imported, p.Exported})
 	}
-	for _, l := range snap.Upstreams() {
+	for _, l := range snap.Listeners {
+		if l.Role != connect.Local && l.Role != connect.Edge {
+			continue
+		}
 		out.Upstreams = append(out.Upstreams, upstreamStatus(snap, l, st.Running, stats))
 	}
 	for _, n := range snap.Notices {

@@ -385,7 +385,7 @@ func cmdStatus(ctx context.Context, args []string, out, errw io.Writer) error {
 	}
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	printRelays(w, &s)
-	if s.Kind == "" {
+	if s.Kind == "" || len(s.Upstreams) > 0 {
 		fmt.Fprintln(w, "\nUPSTREAM\tPROTOCOL\tLISTEN\tENDPOINT\tNODE\tWEIGHT")
 	}
 	for _, u := range s.Upstreams {

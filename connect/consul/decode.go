@@ -120,6 +120,7 @@ func decodeInbound(s *api.AgentService, n *connect.Notices) *inbound {
 	}
 	in.unsecured = k.int(0, 1, 65535, "unsecured_bind_port")
 	in.telemetry = telemetry(k)
+	k.get(sdsKey) // of gateways
 	in.extras = k.extras(false).fit(in.protocol, where, n)
 	k.rest()
 

@@ -35,6 +35,10 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 		return v
 	}
 	roots, _ := ask("roots", c.roots()).(*certs.Roots)
+	if s.Kind == api.ServiceKindIngressGateway {
+		c.examineIngress(ctx, s, say, ask)
+		return listens
+	}
 	if names, ok := ask("services", c.services()).(serviceNames); ok {
 		level, text, fix := OK, fmt.Sprintf("%d may be read", len(names)), ""
 		if len(names) == 0 {
@@ -72,6 +76,27 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 		}
 	}
 	return listens
+}
+
+// examineIngress looks at what an ingress gateway is to serve.
+func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sayer, ask func(what string, w watch) any) {
+	if leaf, ok := ask("leaf", c.leaf(s.Service)).(*certs.Leaf); ok {
+		say("leaf", OK, "of "+leaf.ID.String(), "")
+	}
+	list, ok := ask("ingress-gateway", entries[api.IngressGatewayConfigEntry](c, api.IngressGateway, s.Service)).([]api.IngressGatewayConfigEntry)
+	switch {
+	case !ok:
+	case len(list) == 0:
+		say("ingress-gateway", Warn, "there is no entry of the name "+s.Service, "write one: nothing is served before")
+	default:
+		say("ingress-gateway", OK, fmt.Sprintf("%d listeners", len(list[0].Listeners)), "")
+	}
+	bound, ok := ask("services", c.gatewayServices(s.Service)).([]*api.GatewayService)
+	if ok && len(bound) == 0 && len(list) > 0 {
+		say("services", Warn, "none is bound to a listener", "do they exist, with the protocol of the listener?")
+	} else if ok {
+		say("services", OK, fmt.Sprintf("%d are bound to listeners", len(bound)), "")
+	}
 }
 
 // examineSigning tries what is needed only where a service of http is exported.

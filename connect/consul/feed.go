@@ -249,7 +249,8 @@ func refused(err error) bool {
 	var lookup lookupError
 	var status grpcError
 	var away grpcAway
-	return errors.As(err, &s) && s.Code/100 == 4 || errors.As(err, &status) || errors.As(err, &away) || errors.As(err, &name) || errors.As(err, &lookup)
+	var file fileError
+	return errors.As(err, &s) && s.Code/100 == 4 || errors.As(err, &status) || errors.As(err, &away) || errors.As(err, &file) || errors.As(err, &name) || errors.As(err, &lookup)
 }
 
 // cut reports whether a blocking query was ended from outside, by whoever limits how long
@@ -279,7 +280,10 @@ func hint(err error) string {
 	var lookup lookupError
 	var right rightError
 	var away grpcAway
+	var file fileError
 	switch {
+	case errors.As(err, &file):
+		return "is it there, readable for us, with a certificate and its key?"
 	case errors.As(err, &right):
 		return "give the token " + right.right
 	case errors.As(err, &away):

@@ -426,7 +426,7 @@ func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind) {
 		}
 	}
 	k.get("connect_timeout_ms")
-	for _, dead := range []string{"protocol", "bind_address", "bind_port", "envoy_dns_discovery_type"} {
+	for _, dead := range []string{sdsKey, "protocol", "bind_address", "bind_port", "envoy_dns_discovery_type"} {
 		k.get(dead)
 	}
 	k.rest()

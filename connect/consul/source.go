@@ -28,8 +28,9 @@ type kind interface {
 
 // kinds are the kinds of proxy that this program can be.
 var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{
-	api.ServiceKindConnectProxy: newSidecar,
-	api.ServiceKindMeshGateway:  newMeshGateway,
+	api.ServiceKindConnectProxy:   newSidecar,
+	api.ServiceKindMeshGateway:    newMeshGateway,
+	api.ServiceKindIngressGateway: newIngressGateway,
 }
 
 // Source follows one proxy. Make it with NewSource.

@@ -39,6 +39,10 @@ func (f *file) callers(made *front, to [][]way) (out []*Section) {
 		add(f.open(l), "WARNING: "+l.Opened+", no TLS and no intentions")
 		return out
 	}
+	if l.Role == connect.Edge {
+		add(f.edge(made, to), "clients outside the mesh")
+		return out
+	}
 	if l.Role == connect.Relay {
 		add(f.relay(l), "connections of the mesh, passed on by the name that they ask for")
 		return out

@@ -49,6 +49,8 @@ func frontendName(l *connect.Listener) string {
 		return "up_" + l.Name
 	case connect.Exported:
 		return exportedPrefix + l.Name
+	case connect.Edge:
+		return "edge_" + l.Name
 	}
 	return l.Name
 }
@@ -70,22 +72,24 @@ func Guarded(frontend, backend string) bool {
 
 // Paths under the run directory.
 const (
-	MainFile     = "haproxy.cfg"
-	SPOEFile     = "spoe.cfg"
-	LeafList     = "tls/leaf.list"
-	PolicyMap    = "maps/policy.map"
-	LegsMap      = "maps/legs.map"    // where the splits of a route end
-	WaysMap      = "maps/ways.map"    // the backends of a split, in failover order
-	NamesMap     = "maps/names.map"   // of relays: backends by the name that is asked for
-	EndingsMap   = "maps/endings.map" // and by its ending
-	PolicyKey    = "generation"
-	DrainingKey  = "draining" // in PolicyMap while we stop
-	StatsSocket  = "sock/stats"
-	AdminSocket  = "sock/admin"
-	AuthzSocket  = "sock/authz"
-	publicSocket = "sock/public" // of the public frontend behind the door
-	MasterSocket = "sock/master" // made by the process, not by the configuration
-	slotDir      = "sock/"
+	MainFile      = "haproxy.cfg"
+	SPOEFile      = "spoe.cfg"
+	LeafList      = "tls/leaf.list"
+	PolicyMap     = "maps/policy.map"
+	LegsMap       = "maps/legs.map"    // where the splits of a route end
+	WaysMap       = "maps/ways.map"    // the backends of a split, in failover order
+	NamesMap      = "maps/names.map"   // of relays: backends by the name that is asked for
+	EndingsMap    = "maps/endings.map" // and by its ending
+	HostsMap      = "maps/hosts.map"   // of edges: sites by host
+	BeginningsMap = "maps/begins.map"  // and by its beginning
+	PolicyKey     = "generation"
+	DrainingKey   = "draining" // in PolicyMap while we stop
+	StatsSocket   = "sock/stats"
+	AdminSocket   = "sock/admin"
+	AuthzSocket   = "sock/authz"
+	publicSocket  = "sock/public" // of the public frontend behind the door
+	MasterSocket  = "sock/master" // made by the process, not by the configuration
+	slotDir       = "sock/"
 )
 
 // LeafFile is the path of a leaf certificate and its key.

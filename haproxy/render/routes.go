@@ -55,7 +55,7 @@ func plain(c *connect.Chain) bool {
 
 // routed reports whether a listener needs what Lua does for routes.
 func routed(l *connect.Listener) bool {
-	return (l.Role == connect.Local || l.Role == connect.Exported) && l.Protocol().IsHTTP() && !plain(&l.Branches[0].Chain)
+	return (l.Role == connect.Local || l.Role == connect.Exported) && l.Protocol().IsHTTP() && !plain(&l.Branches[0].Chain) || l.Role == connect.Edge && l.Protocol().IsHTTP()
 }
 
 // ways are where a chain leads: for each route, for each split.
@@ -129,10 +129,13 @@ func (w *way) backend(place int) string { return backendName(w.group, place) + w
 func (f *file) chain(b *builder, made *front, to [][]way) {
 	c := &made.listener.Branches[0].Chain
 	n := newNaming(b)
+	if made.listener.Role == connect.Edge {
+		f.site(n, c)
+	}
 	n.headers(c)
 	for i := range c.Routes {
 		b.because(c.Routes[i].Origin)
-		n.route(&c.Routes[i], i+1)
+		n.route(c, i)
 	}
 	b.because("")
 	most, depth := 1, 1
@@ -149,16 +152,22 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 	f.draw(b, most)
 	b.add("http-request set-var(txn.way) var(txn.way),concat(/,txn.leg)")
 	b.add("http-request set-var(txn.list) var(txn.way),map_str(%s)", f.path(WaysMap))
+	if made.listener.Role == connect.Edge {
+		b.add("http-request return status 404 unless { var(txn.list) -m found }")
+	}
 	b.add("http-request set-var(txn.be) var(txn.list),word(1,|)")
 	for i := 2; i <= depth; i++ {
 		b.add("http-request set-var(txn.be) var(txn.list),word(%d,|) if !{ var(txn.be),nbsrv -m int gt 0 } { var(txn.list),word(%d,|),nbsrv -m int gt 0 }", i, i)
 	}
 	for i := range c.Routes {
-		n.changes(&c.Routes[i], i+1)
+		n.changes(c, i)
 	}
 	b.because("")
 	b.add("%s", "use_backend %[var(txn.be)]")
 	made.live = live(key, c, to)
+	if made.listener.Role == connect.Edge {
+		made.live = append(made.live, f.hosts(b, c)...)
+	}
 }
 
 // draw takes one of the splits of a route, by chance. The last split is taken when txn.leg is
@@ -184,7 +193,7 @@ type liveEntry struct {
 // live is the entries of a chain.
 func live(key string, c *connect.Chain, to [][]way) (out []liveEntry) {
 	for i := range c.Routes {
-		route := key + strconv.Itoa(i+1)
+		route := key + routeKey(c, i)
 		if cuts := cuts(c.Routes[i].Splits); cuts != "" {
 			out = append(out, liveEntry{LegsMap, Entry{route, cuts}})
 		}
@@ -297,11 +306,20 @@ func (n *naming) like(sample, re string) string {
 	return fmt.Sprintf("{ %s -m reg -- %s }", sample, n.quoted(p))
 }
 
-// route writes the rule that sets txn.route to the number of the first route that matches.
-func (n *naming) route(r *connect.Route, number int) {
-	set := fmt.Sprintf("http-request set-var(txn.route) int(%d)", number)
+// route writes the rule that sets txn.route to the name of the first route that matches.
+func (n *naming) route(c *connect.Chain, i int) {
+	r := &c.Routes[i]
+	set := fmt.Sprintf("http-request set-var(txn.route) int(%d)", i+1)
 	var when []string
-	if number > 1 {
+	switch {
+	case r.Site != "":
+		if routeKey(c, i) == r.Site {
+			return // the site itself is its route
+		}
+		// Until a route is found txn.route is the site.
+		set = fmt.Sprintf("http-request set-var(txn.route) str(%s)", routeKey(c, i))
+		when = append(when, fmt.Sprintf("{ var(txn.route) -m str %s }", r.Site))
+	case i > 0:
 		when = append(when, "!{ var(txn.route) -m found }")
 	}
 	if when = append(when, n.conditions(&r.Match)...); len(when) > 0 {
@@ -418,8 +436,12 @@ func escaped(s string) string {
 // changes writes what a route does to its requests and to their answers: first the header edits
 // of the split, then those of the route, and last the path, as header values may name the
 // original one.
-func (n *naming) changes(r *connect.Route, number int) {
-	when := fmt.Sprintf("{ var(txn.route) -m int %d }", number)
+func (n *naming) changes(c *connect.Chain, i int) {
+	r := &c.Routes[i]
+	when := fmt.Sprintf("{ var(txn.route) -m int %d }", i+1)
+	if r.Site != "" {
+		when = fmt.Sprintf("{ var(txn.route) -m str %s }", routeKey(c, i))
+	}
 	for i := range r.Splits {
 		leg := "!{ var(txn.leg) -m found }"
 		if i+1 < len(r.Splits) {
@@ -432,6 +454,8 @@ func (n *naming) changes(r *connect.Route, number int) {
 	n.b.because(r.Origin)
 	n.edit("http-request", &r.Request, when)
 	n.edit("http-response", &r.Answer, when)
+	n.edit("http-request", &r.SiteRequest, when)
+	n.edit("http-response", &r.SiteAnswer, when)
 	if silence := silenceOf(r); silence > 0 {
 		n.b.add("http-request set-var(txn.silence) int(%d) if %s", max(silence.Milliseconds(), 1), when)
 	}

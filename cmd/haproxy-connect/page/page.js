@@ -114,7 +114,7 @@ const bytes = (n) => {
 };
 
 const gateway = (s) => {
-  $("gateway").hidden = !s.kind;
+  $("gateway").hidden = s.kind !== "mesh gateway";
   $("peering").hidden = !(s.peers || []).length;
   $("gateway-note").textContent = plural((s.relays || []).length, "target") + "; " + count(s.refused) + " connections refused, as they asked for no such name.";
   const labels = ["Name", "Leads to", "Endpoints", "Connections", "Received", "Sent"];

@@ -4,7 +4,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -78,5 +80,32 @@ func (w *world) cmdHello(ts *testscript.TestScript, _ bool, args []string) {
 	})
 	if err != nil {
 		ts.Fatalf("hello %v: %v\n%s", args, err, w.allLogs())
+	}
+}
+
+// cmdEdgeGet runs "edge-get STATUS ADDR SNI HOST NAMES [REGEXP]": it makes a request over TLS that asks for the
+// name SNI ("-": none) and the host HOST, until the certificate's names, the status and the body match.
+func (w *world) cmdEdgeGet(ts *testscript.TestScript, _ bool, args []string) {
+	names, body := regexp.MustCompile(args[4]), regexp.MustCompile(strings.Join(args[5:], " "))
+	conf := &tls.Config{InsecureSkipVerify: true, ServerName: strings.Trim(args[2], "-")}
+	got := ""
+	err := eventually(patience, func() error {
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: 5 * time.Second}, "tcp", args[1], conf)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		cert := c.ConnectionState().PeerCertificates[0]
+		fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", args[3])
+		b, err := io.ReadAll(c)
+		got = fmt.Sprintf("%v %v %.300s", cert.DNSNames, cert.URIs, b)
+		if !names.MatchString(strings.Join(cert.DNSNames, " ")) || !strings.HasPrefix(string(b), "HTTP/1.1 "+args[0]+" ") || !body.Match(b) {
+			return fmt.Errorf("not yet (%v)", err)
+		}
+		return nil
+	})
+	if err != nil {
+		ts.Fatalf("edge-get %v: %s: %v\n%s", args, got, err, w.allLogs())
 	}
 }

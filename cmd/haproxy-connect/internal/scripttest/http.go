@@ -177,9 +177,11 @@ func tcpOnce(addr, send string) (string, error) {
 // sent as it is until the answer, on one line from the status on, matches.
 func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
 	re := regexp.MustCompile("^" + args[0])
-	extra := ""
-	if len(args) > 3 {
+	extra := "Host: x\r\n"
+	if len(args) > 3 && strings.HasPrefix(args[3], "Host:") {
 		extra = args[3] + "\r\n"
+	} else if len(args) > 3 {
+		extra += args[3] + "\r\n"
 	}
 	last := ""
 	if err := eventually(patience, func() error {
@@ -188,7 +190,7 @@ func (w *world) cmdRaw(ts *testscript.TestScript, _ bool, args []string) {
 			return err
 		}
 		defer c.Close()
-		if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n%sConnection: close\r\n\r\n", args[2], extra); err != nil {
+		if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\n%sConnection: close\r\n\r\n", args[2], extra); err != nil {
 			return err
 		}
 		b, err := io.ReadAll(c)

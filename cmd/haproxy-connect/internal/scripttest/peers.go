@@ -404,6 +404,7 @@ func (w *world) cmdBenchIdentity(ts *testscript.TestScript, _ bool, _ []string) 
 	ts.Check(os.WriteFile(filepath.Join(w.dir, "peer.pem"), []byte(chain+key), 0o600))
 	ts.Check(os.WriteFile(filepath.Join(w.dir, "ca.pem"), []byte(w.ca.CertPEM), 0o600))
 	ts.Setenv("PEER_ID", id.String())
+	ts.Setenv("TRUSTDOMAIN", w.ca.TrustDomain)
 }
 
 var rates = []int{500, 1000, 2000, 4000}
@@ -459,6 +460,49 @@ func (p *peer) median(load string, of func(figures) float64) (mid, low, high flo
 	}
 	slices.Sort(all)
 	return all[len(all)/2], all[0], all[len(all)-1]
+}
+
+// cmdCosts runs "costs ROUNDS TABLE": it measures kept requests, new connections and MB of every contender,
+// in turns, and prints them beside the first one; -update writes the table.
+func (w *world) cmdCosts(ts *testscript.TestScript, _ bool, args []string) {
+	rounds, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	const long = 1500 * time.Millisecond
+	kinds := []struct {
+		name, path string
+		clients    int
+		kept       bool
+	}{{"requests", "/", 16, true}, {"connections", "/", 8, false}, {"bulk", "/bulk", 2, true}}
+	for range rounds {
+		for _, k := range kinds {
+			for _, p := range w.peers {
+				f, err := p.closed(k.clients, long, k.path, k.kept)
+				if err != nil {
+					ts.Fatalf("%s, %s: %v\n%s", p.name, k.name, err, w.allLogs())
+				}
+				p.rounds[k.name] = append(p.rounds[k.name], f)
+			}
+		}
+	}
+	var b strings.Builder
+	fmt.Fprintln(&b, "| | CPU per request, us | of the first | CPU per new connection, us | of the first | CPU per MB, ms | of the first | memory, MB |")
+	fmt.Fprintln(&b, "|---|---|---|---|---|---|---|---|")
+	cpu := func(f figures) float64 { return f.cpu + f.agentCPU }
+	for _, p := range w.peers {
+		fmt.Fprintf(&b, "| %s |", p.name)
+		for _, k := range kinds {
+			mid, low, high := p.median(k.name, cpu)
+			first, _, _ := w.peers[0].median(k.name, cpu)
+			fmt.Fprintf(&b, " %.4g (%.4g-%.4g) | x%.2f |", mid, low, high, mid/first)
+		}
+		fmt.Fprintf(&b, " %.0f |\n", memoryOf(slices.Concat(p.proxies, p.agents)...))
+	}
+	for line := range strings.Lines(b.String()) {
+		fmt.Print("measured: ", line)
+	}
+	if *Update {
+		intoReadme(ts, args[1], b.String())
+	}
 }
 
 func (w *world) table(ts *testscript.TestScript) {
@@ -539,4 +583,18 @@ func intoReadme(ts *testscript.TestScript, name, text string) {
 		ts.Fatalf("testdata/measure/README.md has no marks for %s", name)
 	}
 	ts.Check(os.WriteFile(file, []byte(before+"<!-- "+name+" -->\n"+text+"<!-- /"+name+" -->"+after), 0o644))
+}
+
+// cmdRoutesEntry runs "routes-entry NAME SERVICE N": it writes a service-router entry of N routes, none of
+// which matches what is measured, for a service NAME that leads to SERVICE.
+func (w *world) cmdRoutesEntry(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[2])
+	ts.Check(err)
+	var routes []string
+	for i := range n {
+		routes = append(routes, fmt.Sprintf(`{"Match":{"HTTP":{"PathPrefix":"/never/%d"}},"Destination":{"Service":%q}}`, i, args[1]))
+	}
+	routes = append(routes, fmt.Sprintf(`{"Destination":{"Service":%q}}`, args[1]))
+	_, err = w.call(http.MethodPut, "/v1/config", fmt.Appendf(nil, `{"Kind":"service-router","Name":%q,"Routes":[%s]}`, args[0], strings.Join(routes, ",")))
+	ts.Check(err)
 }

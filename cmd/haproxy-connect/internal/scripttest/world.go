@@ -210,14 +210,14 @@ func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string
 }
 
 var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
-	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter), "server-tls": inWorld((*world).cmdServerTLS), "hello": inWorld((*world).cmdHello), "cluster": inWorld((*world).cmdCluster), "peering": inWorld((*world).cmdPeering),
+	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter), "server-tls": inWorld((*world).cmdServerTLS), "edge-get": inWorld((*world).cmdEdgeGet), "hello": inWorld((*world).cmdHello), "cluster": inWorld((*world).cmdCluster), "peering": inWorld((*world).cmdPeering),
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "forget": inWorld((*world).cmdForget), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
 	"scraped": inWorld((*world).cmdScraped), "notified": inWorld((*world).cmdNotified), "json-lines": inWorld((*world).cmdJSONLines), "logged": inWorld((*world).cmdLogged), "page": inWorld((*world).cmdPage), "drop": inWorld((*world).cmdDrop), "toggle": inWorld((*world).cmdToggle), "authz-cost": inWorld((*world).cmdAuthzCost), "apply-time": inWorld((*world).cmdApplyTime), "issuer": inWorld((*world).cmdIssuer), "jwt": inWorld((*world).cmdJWT), "header": inWorld((*world).cmdHeader),
 	"mesh-hold": inWorld((*world).cmdMeshHold), "mesh-held": inWorld((*world).cmdMeshHeld),
 	"mesh-get": inWorld((*world).cmdMeshGet), "differential": inWorld((*world).cmdDifferential), "check-agrees": inWorld((*world).cmdCheckAgrees),
-	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "bench": inWorld((*world).cmdBench), "soak": inWorld((*world).cmdSoak), "intentions-cost": inWorld((*world).cmdIntentionsCost), "scale-cost": inWorld((*world).cmdScaleCost),
+	"bench-app": inWorld((*world).cmdBenchApp), "bench-identity": inWorld((*world).cmdBenchIdentity), "peer": inWorld((*world).cmdPeer), "costs": inWorld((*world).cmdCosts), "routes-entry": inWorld((*world).cmdRoutesEntry), "bench": inWorld((*world).cmdBench), "soak": inWorld((*world).cmdSoak), "intentions-cost": inWorld((*world).cmdIntentionsCost), "scale-cost": inWorld((*world).cmdScaleCost),
 	"small-disk": inWorld((*world).cmdSmallDisk), "full": inWorld((*world).cmdFull),
 	"consul": inWorld((*world).cmdConsul), "consul-stop": inWorld((*world).cmdConsulStop), "consul-start": inWorld((*world).cmdConsulStart),
 	"app": inWorld((*world).cmdApp), "port": inWorld((*world).cmdPort), "register": inWorld((*world).cmdRegister), "deregister": inWorld((*world).cmdDeregister),

@@ -1,0 +1,198 @@
+package consul
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/haproxy-connect/haproxy-connect/certs"
+	"github.com/haproxy-connect/haproxy-connect/connect"
+)
+
+// What gateways at the edge of the mesh have in common.
+
+// entries returns the watch for the config entries of a kind, with this name if it is not "", whose form
+// is T; its answers are []T. It asks for the list: a query for a single entry loses the index while there is none.
+func entries[T any](c *Client, kind, name string) watch {
+	return watch{key: "entries\x00" + kind + "\x00" + name, name: kind, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		var raw []json.RawMessage
+		meta, err := c.api.Raw().Query("/v1/config/"+kind, &raw, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		var list []T
+		for _, text := range raw {
+			var of struct{ Name string }
+			if err := json.Unmarshal(text, &of); err != nil {
+				return nil, err
+			}
+			if name != "" && of.Name != name {
+				continue
+			}
+			var one T
+			if err := json.Unmarshal(text, &one); err != nil {
+				return nil, fmt.Errorf("%s %s: %w", kind, of.Name, err)
+			}
+			list = append(list, one)
+		}
+		cur.advance(meta)
+		return list, nil
+	}}
+}
+
+// gatewayServices returns the watch for the services of a gateway, wildcards resolved; its answers are
+// []*api.GatewayService, sorted by port and name.
+func (c *Client) gatewayServices(name string) watch {
+	return watch{key: "gateway services\x00" + name, name: "services of the gateway", fetch: func(ctx context.Context, cur *cursor) (any, error) {
+		list, meta, err := c.api.Catalog().GatewayServices(name, cur.options(ctx))
+		if err != nil {
+			return nil, err
+		}
+		cur.advance(meta)
+		list = slices.DeleteFunc(list, func(s *api.GatewayService) bool { return certs.ServiceName(s.Service.Name) != nil })
+		slices.SortFunc(list, func(a, b *api.GatewayService) int {
+			return cmpChain(a.Port-b.Port, strings.Compare(a.Service.Name, b.Service.Name))
+		})
+		return list, nil
+	}}
+}
+
+func cmpChain(list ...int) int {
+	for _, n := range list {
+		if n != 0 {
+			return n
+		}
+	}
+	return 0
+}
+
+// pemEvery is how often a file with a certificate is looked at.
+const pemEvery = 2 * time.Second
+
+// pemFile returns the watch for a file that has a certificate and its key; its answers are *certs.Leaf.
+func pemFile(certFile, keyFile string) watch {
+	return watch{key: "file\x00" + certFile + "\x00" + keyFile, name: "certificate " + certFile, every: pemEvery, shapes: never,
+		same: func(a, b any) bool { return a.(*certs.Leaf).Fingerprint == b.(*certs.Leaf).Fingerprint },
+		fetch: func(context.Context, *cursor) (any, error) {
+			chain, err := os.ReadFile(certFile)
+			if err != nil {
+				return nil, fileError{err}
+			}
+			key := chain
+			if keyFile != certFile {
+				if key, err = os.ReadFile(keyFile); err != nil {
+					return nil, fileError{err}
+				}
+			}
+			leaf, err := pair(string(chain), string(key))
+			if err != nil {
+				return nil, fileError{fmt.Errorf("%s: %w", certFile, err)}
+			}
+			return leaf, nil
+		}}
+}
+
+// fileError is of a file of ours, while the agent may be well.
+type fileError struct{ error }
+
+func (e fileError) Unwrap() error { return e.error }
+
+// pair reads a certificate and a key, which may be in one text.
+func pair(chain, key string) (*certs.Leaf, error) {
+	only := func(text string, want bool) string {
+		var out strings.Builder
+		for _, block := range pemBlocks(text) {
+			if strings.Contains(block, "PRIVATE KEY-----") == want && !strings.Contains(block, "PARAMETERS-----") {
+				out.WriteString(block)
+			}
+		}
+		return out.String()
+	}
+	leaf, err := certs.ParsePair(only(chain, false), only(key, true))
+	if err != nil {
+		return nil, err
+	}
+	if now := time.Now(); now.After(leaf.NotAfter) {
+		return nil, fmt.Errorf("the certificate ended %s", leaf.NotAfter.UTC().Format(time.DateTime))
+	}
+	return leaf, nil
+}
+
+// pemBlocks splits a text into its PEM blocks.
+func pemBlocks(text string) (out []string) {
+	for {
+		i := strings.Index(text, "-----BEGIN ")
+		if i < 0 {
+			return out
+		}
+		end := strings.Index(text[i:], "-----END ")
+		if end < 0 {
+			return out
+		}
+		last := strings.IndexByte(text[i+end:], '\n')
+		if last < 0 {
+			return append(out, text[i:]+"\n")
+		}
+		out, text = append(out, text[i:i+end+last+1]), text[i+end+last:]
+	}
+}
+
+// sdsFile is the file of a certificate that an entry names for a server of secrets, in whose place a
+// directory has files.
+func sdsFile(dir, resource string) (string, bool) {
+	if dir == "" || resource == "" || resource != connect.SafeName(resource) {
+		return "", false
+	}
+	return filepath.Join(dir, resource+".pem"), true
+}
+
+// edits reads header rules of an entry that is no chain's.
+func edits(where string, m *api.HTTPHeaderModifiers, key string, n *connect.Notices) connect.HeaderEdits {
+	c := &compiler{compiled: &compiled{}, up: &declared{where: where}}
+	out := c.edits(m, key)
+	*n = append(*n, c.notices...)
+	return out
+}
+
+// site makes the routes of a service at a listener of http out of its chain.
+func site(x *upstream, name string, hosts []string, request, answer connect.HeaderEdits) (out []connect.Route) {
+	for _, r := range x.made.listener.Branches[0].Chain.Routes {
+		r.Site, r.Hosts, r.SiteRequest, r.SiteAnswer = name, hosts, request, answer
+		out = append(out, r)
+	}
+	return out
+}
+
+// edgeHost reports whether a text can be a host of a listener: a name, perhaps with a port, perhaps
+// with one "*" at its beginning or end.
+func edgeHost(s string) bool {
+	if s == "*" {
+		return true
+	}
+	bare := strings.TrimSuffix(strings.TrimPrefix(s, "*"), "*")
+	return bare != "" && len(s) <= 260 && strings.Count(s, "*") <= 1 && !strings.ContainsFunc(bare, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-._:[]", r))
+	})
+}
+
+// hostsAt are hosts as they stand in requests to a port: with and without it.
+func hostsAt(hosts []string, port int) (out []string) {
+	for _, h := range hosts {
+		out = append(out, h)
+		if !strings.Contains(h, ":") && !strings.HasSuffix(h, "*") {
+			out = append(out, fmt.Sprintf("%s:%d", h, port))
+		}
+	}
+	return out
+}
+
+// same reports whether two upstreams are declared alike.
+func same(a, b *declared) bool { return reflect.DeepEqual(a, b) }
