@@ -26,6 +26,10 @@ func (r Role) Callers() bool {
 	return r == Public || r == Open || r == Relay || r == Exported || r == Edge
 }
 
+// Optional reports whether the other listeners go on without one of this role that cannot be rendered:
+// each leads to another service.
+func (r Role) Optional() bool { return r == Local || r == Edge || r == Exported }
+
 func (r Role) String() string {
 	switch r {
 	case Public:

@@ -69,11 +69,14 @@ func (m *Manager) exclude(snap *connect.Snapshot, want *render.Config, err error
 	for _, named := range lineOf.FindAllStringSubmatch(err.Error(), -1) {
 		line, _ := strconv.Atoi(named[1]) // digits
 		sec := want.At(line)
-		if sec == nil || sec.Role != connect.Local {
+		if sec == nil || !sec.Role.Optional() {
 			continue
 		}
-		for _, l := range snap.Upstreams() {
-			if l.Name == sec.Listener || sec.Group != "" && l.LeadsTo(sec.Group) {
+		for _, l := range snap.Listeners {
+			if !l.Role.Optional() {
+				continue
+			}
+			if l.Role == sec.Role && l.Name == sec.Listener || sec.Group != "" && l.LeadsTo(sec.Group) {
 				m.excluded[l] = exclusion{fmt.Errorf("HAProxy refuses its configuration: %w", se.err), groups(snap, l)}
 				found = true
 			}

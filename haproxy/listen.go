@@ -49,7 +49,7 @@ func (m *Manager) listenable(snap *connect.Snapshot) (*connect.Snapshot, []*rend
 			}
 			m.taken[l] = true
 		}
-		if !l.Role.Callers() {
+		if l.Role.Optional() {
 			taken = append(taken, &render.Refused{Listener: l, Err: err})
 			continue
 		}

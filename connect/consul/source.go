@@ -31,6 +31,7 @@ var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{
 	api.ServiceKindConnectProxy:   newSidecar,
 	api.ServiceKindMeshGateway:    newMeshGateway,
 	api.ServiceKindIngressGateway: newIngressGateway,
+	api.ServiceKindAPIGateway:     newAPIGateway,
 }
 
 // Source follows one proxy. Make it with NewSource.

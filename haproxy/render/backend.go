@@ -55,6 +55,7 @@ func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 	}
 	old := f.old.byName().pools[name]
 	if old != nil && old.group == g && old.target == t && old.variant.key() == w.key() {
+		fresh[name] = old
 		return old, nil
 	}
 	if _, err := word("target name", name); err != nil {

@@ -56,6 +56,11 @@ func (f *file) edgeTLS(b *builder, l *connect.Listener) string {
 		for _, name := range names {
 			b.check("server name", name)
 		}
+		if leaf := f.snap.Leaves[c.Leaf]; leaf != nil {
+			f.Leaves[LeafFile(c.Leaf)] = leaf
+		} else {
+			b.fail(fmt.Errorf("there is no certificate %.80q", c.Leaf))
+		}
 		text += f.path(LeafFile(c.Leaf)) + " " + strings.Join(names, " ") + "\n"
 	}
 	f.Files[list] = text
@@ -79,6 +84,8 @@ func (f *file) edgeTLS(b *builder, l *connect.Listener) string {
 // or any. Hosts but for endings are in maps, whose keys begin with that of the frontend.
 func (f *file) site(n *naming, c *connect.Chain) {
 	b := n.b
+	f.need(HostsMap)
+	f.need(BeginningsMap)
 	b.add("http-request set-var(txn.host) req.fhdr(host),lower")
 	var endings [][2]string // of hosts and their sites
 	any := ""

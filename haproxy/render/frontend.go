@@ -39,10 +39,6 @@ func (f *file) callers(made *front, to [][]way) (out []*Section) {
 		add(f.open(l), "WARNING: "+l.Opened+", no TLS and no intentions")
 		return out
 	}
-	if l.Role == connect.Edge {
-		add(f.edge(made, to), "clients outside the mesh")
-		return out
-	}
 	if l.Role == connect.Relay {
 		add(f.relay(l), "connections of the mesh, passed on by the name that they ask for")
 		return out
@@ -60,6 +56,30 @@ func (f *file) callers(made *front, to [][]way) (out []*Section) {
 		add(f.doorToTLS(l), warning)
 	}
 	return out
+}
+
+// optional renders a listener without which the others go on.
+func (f *file) optional(made *front, to [][]way) (err error) {
+	l := made.listener
+	var b *builder
+	comment := "clients outside the mesh"
+	if l.Role == connect.Exported {
+		f.Files[SPOEFile] = f.spoe(l)
+		b, comment = f.public(made, to), "services of peers: mutual TLS by the roots of each peer"
+	} else {
+		b = f.edge(made, to)
+	}
+	if made.sections, err = f.tables(l); err != nil {
+		return err
+	}
+	sec, err := f.build(b, comment)
+	if err != nil {
+		return err
+	}
+	own := *sec
+	own.Role, own.Listener, own.Origin = l.Role, l.Name, l.Origin
+	made.sections = append(made.sections, &own)
+	return nil
 }
 
 // plainBranch is the branch of a public listener that lets in whoever does not speak TLS,

@@ -60,14 +60,25 @@ type Refused struct {
 }
 
 func (r *Refused) Error() string {
-	if r.Listener.Role.Callers() {
+	if !r.Listener.Role.Optional() {
 		return fmt.Sprintf("a part of the registration is left out: %v", r.Err)
 	}
 	if r.Stays {
-		return fmt.Sprintf("upstream %.80q stays as it was: %v", r.Listener.Name, r.Err)
+		return fmt.Sprintf("%s %.80q stays as it was: %v", r.what(), r.Listener.Name, r.Err)
 	}
-	return fmt.Sprintf("upstream %.80q is left out: %v", r.Listener.Name, r.Err)
+	return fmt.Sprintf("%s %.80q is left out: %v", r.what(), r.Listener.Name, r.Err)
 }
+
+func (r *Refused) what() string {
+	switch r.Listener.Role {
+	case connect.Edge:
+		return "listener"
+	case connect.Exported:
+		return "exported service"
+	}
+	return "upstream"
+}
+
 func (r *Refused) Unwrap() error { return r.Err }
 
 // Render makes the configuration for a snapshot. prev, if any, keeps the slots of
@@ -168,8 +179,8 @@ func (r *Renderer) begin(s *connect.Snapshot, prev *Config) *file {
 	if prev == nil || prev != r.last {
 		f.ledger = newLedger(prev)
 	}
-	for name, leaf := range s.Leaves {
-		c.Leaves[LeafFile(name)] = leaf
+	if leaf := s.Leaf(); leaf != nil {
+		c.Leaves[LeafFile(connect.OwnLeaf)] = leaf // others where they are shown
 	}
 	c.Bundles[BundleFile(connect.OwnBundle)] = s.Roots() // others are the Go originator's
 	c.Files[lua.SpiffeFile] = lua.Spiffe
@@ -237,7 +248,7 @@ func (f *file) listeners() (open []*front) {
 		if one == nil || !f.same(one) {
 			var err error
 			if one, err = f.front(l, fresh); err != nil {
-				if l.Role.Callers() {
+				if !l.Role.Optional() {
 					f.wrong = multierror.Append(f.wrong, err)
 				} else {
 					f.refused = append(f.refused, &Refused{Listener: l, Err: err})
@@ -292,7 +303,13 @@ func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error
 		}
 		all = append(all, to...)
 	}
-	if l.Role != connect.Local {
+	switch l.Role {
+	case connect.Local:
+	case connect.Edge, connect.Exported:
+		if err := f.optional(made, all); err != nil {
+			return nil, err
+		}
+	default:
 		made.sections = f.callers(made, all)
 	}
 	return made, f.lead(made, all, fresh)

@@ -212,12 +212,18 @@ func live(key string, c *connect.Chain, to [][]way) (out []liveEntry) {
 	return out
 }
 
-func (f *file) entry(e liveEntry) {
-	m := f.Maps[e.file]
+// need makes a map of routes, which a section reads even if it has no entry.
+func (f *file) need(file string) *LiveMap {
+	m := f.Maps[file]
 	if m == nil {
-		m = &LiveMap{Read: true, Routes: true, Backends: e.file == WaysMap}
-		f.Maps[e.file] = m
+		m = &LiveMap{Read: true, Routes: true, Backends: file == WaysMap}
+		f.Maps[file] = m
 	}
+	return m
+}
+
+func (f *file) entry(e liveEntry) {
+	m := f.need(e.file)
 	m.Entries = append(m.Entries, e.Entry)
 }
 

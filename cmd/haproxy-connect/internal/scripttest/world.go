@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -57,7 +58,20 @@ func Measure(t *testing.T) {
 	}
 }
 
-// Scripts runs every script of testdata/scripts on every version of HAProxy, each time with a
+// ours are scripts about this program and Consul, in which HAProxy does what it does in any version:
+// they run on the oldest version and on the one that is recommended. All others run on every version.
+var ours = []string{"app", "checks", "churn", "doctor", "faults", "federation", "jwt", "l7", "lifecycle", "outage", "rundir", "scale", "taken"}
+
+// everywhere reports whether every script runs on a version.
+func everywhere(version string) bool { return version == "2.6" || version == "3.2" || *onlyHAProxy == version }
+
+// isVersion reports whether a condition holds: v3.2 of this version alone, v3.2+ also of later ones.
+func isVersion(cond, version string) bool {
+	least, later := strings.CutSuffix(cond, "+")
+	return cond == "v"+version || later && "v"+version >= least
+}
+
+// Scripts runs the scripts of testdata/scripts on every version of HAProxy, each time with a
 // Consul of its own.
 func Scripts(t *testing.T) {
 	if testing.Short() {
@@ -68,11 +82,18 @@ func Scripts(t *testing.T) {
 		if *onlyHAProxy != "" && *onlyHAProxy != version {
 			continue
 		}
+		files, err := filepath.Glob(filepath.Join("..", "..", "testdata", "scripts", "*.txtar"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !everywhere(version) {
+			files = slices.DeleteFunc(files, func(f string) bool { return slices.Contains(ours, strings.TrimSuffix(filepath.Base(f), ".txtar")) })
+		}
 		t.Run(version, func(t *testing.T) {
 			testscript.Run(t, testscript.Params{
-				Dir:   filepath.Join("..", "..", "testdata", "scripts"),
+				Files: files,
 				Setup: func(e *testscript.Env) error { return newWorld(e, consul, path, version) },
-				Cmds:  worldCommands, Condition: func(cond string) (bool, error) { return cond == "v"+version, nil },
+				Cmds:  worldCommands, Condition: func(cond string) (bool, error) { return isVersion(cond, version), nil },
 				RequireUniqueNames: true,
 			})
 		})
