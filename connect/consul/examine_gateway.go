@@ -35,8 +35,12 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 		return v
 	}
 	roots, _ := ask("roots", c.roots()).(*certs.Roots)
-	if s.Kind == api.ServiceKindIngressGateway {
+	switch s.Kind {
+	case api.ServiceKindIngressGateway:
 		c.examineIngress(ctx, s, say, ask)
+		return listens
+	case api.ServiceKindAPIGateway:
+		c.examineAPI(s, say, ask)
 		return listens
 	}
 	if names, ok := ask("services", c.services()).(serviceNames); ok {
@@ -96,6 +100,33 @@ func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sa
 		say("services", Warn, "none is bound to a listener", "do they exist, with the protocol of the listener?")
 	} else if ok {
 		say("services", OK, fmt.Sprintf("%d are bound to listeners", len(bound)), "")
+	}
+}
+
+// examineAPI looks at what an API gateway is to serve.
+func (c *Client) examineAPI(s *api.AgentService, say sayer, ask func(what string, w watch) any) {
+	if leaf, ok := ask("leaf", c.leaf(s.Service)).(*certs.Leaf); ok {
+		say("leaf", OK, "of "+leaf.ID.String(), "")
+	}
+	k := &apiGateway{client: c, service: s}
+	list, ok := ask("api-gateway", k.entry()).([]api.APIGatewayConfigEntry)
+	switch {
+	case !ok:
+	case len(list) == 0:
+		say("api-gateway", Warn, "there is no entry of the name "+s.Service, "write one: nothing is served before")
+	default:
+		for _, l := range list[0].Listeners {
+			if conflicted(&list[0], l.Name) {
+				say("api-gateway", Warn, "the routes of listener "+l.Name+" contradict each other; it serves nothing", "consul config read -kind api-gateway -name "+s.Service+" tells which")
+			}
+		}
+		say("api-gateway", OK, fmt.Sprintf("%d listeners", len(list[0].Listeners)), "")
+	}
+	routes, ok := ask("routes", c.httpRoutes()).([]api.HTTPRouteConfigEntry)
+	if ok && len(routes) == 0 {
+		say("routes", Warn, "no http-route can be read", `if there are some, the token lacks mesh:read: mesh = "read"`)
+	} else if ok {
+		say("routes", OK, fmt.Sprintf("%d http-routes can be read", len(routes)), "")
 	}
 }
 

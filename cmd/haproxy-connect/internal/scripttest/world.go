@@ -63,7 +63,9 @@ func Measure(t *testing.T) {
 var ours = []string{"app", "checks", "churn", "doctor", "faults", "federation", "jwt", "l7", "lifecycle", "outage", "rundir", "scale", "taken"}
 
 // everywhere reports whether every script runs on a version.
-func everywhere(version string) bool { return version == "2.6" || version == "3.2" || *onlyHAProxy == version }
+func everywhere(version string) bool {
+	return version == "2.6" || version == "3.2" || *onlyHAProxy == version
+}
 
 // isVersion reports whether a condition holds: v3.2 of this version alone, v3.2+ also of later ones.
 func isVersion(cond, version string) bool {
