@@ -39,7 +39,7 @@ test: deps build lint race fuzz ## everything that CI checks
 	$(MAKE) tour
 
 race: ## every test with the race detector
-	go test -race -count=1 -timeout 60m -parallel 3 ./...
+	go test -race -count=1 -timeout 60m -parallel 5 ./...
 
 # What to run before each commit: under a minute.
 check: unit ## format, vet and unit tests: under a minute
@@ -64,6 +64,7 @@ fuzz: ## the fuzz targets (FUZZTIME=10m)
 	go test ./haproxy/runtimeapi -run '^$$' -fuzz FuzzShow $(call fuzz,300000x)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzAccessFormat $(call fuzz,350000x)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(call fuzz,400000x)
+	go test ./connect/consul -run '^$$' -fuzz FuzzBytes $(call fuzz,200000x)
 
 # bench prints figures and judges none. Its last line drives real Consul and HAProxy, and with
 # UPDATE=-update writes the tables and plots of testdata/measure.

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -14,21 +15,10 @@ import (
 
 // apiGateway is the kind of proxy that lets clients outside the mesh in, as an api-gateway entry and the
 // routes that are bound to its listeners say.
-type apiGateway struct {
-	client       *Client
-	registration string // the watch's key
-
-	turn    uint64 // of the registration from which the fields below were decoded
-	service *api.AgentService
-	binds   []gatewayBind
-	notices connect.Notices
-
-	services map[string]*upstream // by listener and name
-	nouns    *nouns
-}
+type apiGateway struct{ edge }
 
 func newAPIGateway(c *Client, registration string) kind {
-	return &apiGateway{client: c, registration: registration, services: map[string]*upstream{}, nouns: &nouns{}}
+	return &apiGateway{newEdge(c, registration)}
 }
 
 // boundGateway is what Consul has bound to the listeners of a gateway (bound-api-gateway).
@@ -37,18 +27,6 @@ type boundGateway struct {
 		Name                 string
 		Routes, Certificates []api.ResourceReference
 	}
-}
-
-func (k *apiGateway) decode(st *state) {
-	turn := st.turnOf(k.registration)
-	if k.turn == turn {
-		return
-	}
-	k.turn = turn
-	k.service, _ = heard[*api.AgentService](st, k.registration)
-	k.notices = nil
-	k.binds, _ = edgeBinds(k.service, &k.notices)
-	k.services = map[string]*upstream{}
 }
 
 // Watches for the entries that a gateway is made of.
@@ -76,7 +54,7 @@ func (c *Client) fileCertificates() watch {
 func (k *apiGateway) wants(st *state) []watch {
 	k.decode(st)
 	c := k.client
-	out := []watch{c.roots(), c.mesh(), c.leaf(k.service.Service), k.entry(), k.bound(), c.httpRoutes(), c.tcpRoutes(), c.inlineCertificates(), c.fileCertificates()}
+	out := append(k.always(), k.entry(), k.bound(), c.httpRoutes(), c.tcpRoutes(), c.inlineCertificates(), c.fileCertificates())
 	for _, l := range k.listeners(st) {
 		for _, x := range l.services {
 			x.follow(st)
@@ -247,16 +225,7 @@ func (k *apiGateway) lead(l *apiListener, old map[string]*upstream) {
 		if certs.ServiceName(name) != nil || l.services[name] != nil {
 			return
 		}
-		d := &declared{name: connect.SafeName(l.name) + "." + connect.SafeName(name), service: name, dc: k.service.Datacenter, protocol: l.protocol, where: "service " + name}
-		d.group = connect.GroupName(d.name)
-		if p := k.service.Proxy; p != nil {
-			d.gateway = p.MeshGateway.Mode
-		}
-		x := old[d.name]
-		if x == nil || !same(x.declared, d) {
-			x = newUpstream(k.client, d, k.service.Datacenter)
-		}
-		k.services[d.name], l.services[name] = x, x
+		l.services[name] = k.upstream(&declared{name: connect.SafeName(l.name) + "." + connect.SafeName(name), service: name, protocol: l.protocol, where: "service " + name}, old)
 	}
 	if l.tcp != "" {
 		add(l.tcp)
@@ -296,36 +265,18 @@ func (k *apiGateway) certificates(st *state, refs []api.ResourceReference) (out 
 
 func (k *apiGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	k.decode(st)
-	c := k.client
-	roots, haveRoots := heard[*certs.Roots](st, c.roots().key)
-	leaf, haveLeaf := heard[*certs.Leaf](st, c.leaf(k.service.Service).key)
-	if !haveRoots || !haveLeaf || leaf.ID.TrustDomain != roots.TrustDomain {
+	e := k.begin(st, "API gateway")
+	if e == nil {
 		return nil, true
 	}
-	notices := slices.Clone(k.notices)
-	mesh, haveMesh := heard[meshEntry](st, c.mesh().key)
-	all, _ := heard[peerings](st, c.peerings().key)
-	peers := all.trusted(roots.TrustDomain, &notices)
-	slow = !haveMesh
-	for _, w := range []watch{k.entry(), k.bound(), c.httpRoutes(), c.tcpRoutes()} {
-		slow = slow || st.turnOf(w.key) == 0
+	for _, w := range []watch{k.entry(), k.bound(), k.client.httpRoutes(), k.client.tcpRoutes()} {
+		e.slow = e.slow || st.turnOf(w.key) == 0
 	}
-	normalize, _ := mesh.decode(&notices)
-	_, outgoing := mesh.tls(&notices)
-	now := k.nouns.next()
-	snap = &connect.Snapshot{
-		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "API gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
-			Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain},
-		Outgoing: outgoing, Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers), Peers: all.shown(),
-	}
-	k.unbound(st, &notices)
+	k.unbound(st, &e.notices)
 	for _, l := range k.listeners(st) {
-		slow = !k.listen(st, now, snap, l, roots, normalize, &notices) || slow
+		k.listen(st, e, l)
 	}
-	k.nouns = now
-	snap.Notices = notices.Sorted()
-	now.into(snap)
-	return snap, slow
+	return k.end(e)
 }
 
 // unbound names what serves nothing: listeners in conflict, and routes that Consul has not bound.
@@ -359,19 +310,16 @@ func (k *apiGateway) unbound(st *state, n *connect.Notices) {
 	}
 }
 
-// listen adds the nouns of a listener, and reports whether everything was heard of.
-func (k *apiGateway) listen(st *state, to *nouns, snap *connect.Snapshot, l *apiListener, roots *certs.Roots, normalize connect.Normalize, n *connect.Notices) bool {
-	door, ok := k.door(st, snap, l, n)
+// listen adds the nouns of a listener.
+func (k *apiGateway) listen(st *state, e *edgeSnap, l *apiListener) {
+	door := k.door(st, e, l)
 	if door == nil {
-		return ok
+		return
 	}
-	door.Normalize = normalize
 	idle := time.Duration(0)
-	for _, x := range l.services {
-		x.follow(st)
-		ok = x.lead(st, to, roots.TrustDomain) && ok
-		*n = append(*n, x.notices()...)
-		idle = max(idle, x.made.listener.Idle)
+	for _, name := range slices.Sorted(maps.Keys(l.services)) {
+		e.behind(st, l.services[name])
+		idle = max(idle, l.services[name].made.listener.Idle)
 	}
 	chain := connect.Chain{}
 	if x := l.services[l.tcp]; x != nil && l.protocol == connect.TCP {
@@ -379,20 +327,14 @@ func (k *apiGateway) listen(st *state, to *nouns, snap *connect.Snapshot, l *api
 	}
 	for _, s := range l.sites {
 		for _, r := range s.rules {
-			if route, serves := k.route(l, &r, n); serves {
+			if route, serves := k.route(l, &r, &e.notices); serves {
 				route.Site, route.Hosts = connect.SafeName(s.host), hostsAt([]string{s.host}, l.port)
 				chain.Routes = append(chain.Routes, route)
 			}
 		}
 	}
-	if len(chain.Routes) == 0 {
-		return ok
-	}
-	for _, b := range k.binds {
-		to.listener(&connect.Listener{Name: connect.SafeName(l.name) + "_" + strings.TrimPrefix(b.name, "relay_"), Role: connect.Edge, Bind: connect.Bind{Address: b.bind.Address, Port: l.port}, Idle: idle, Door: door,
-			Origin: "api-gateway " + k.service.Service + ", listener " + l.name, Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
-	}
-	return ok
+	k.open(e, connect.SafeName(l.name), l.port, connect.Listener{Idle: idle, Door: door, Origin: "api-gateway " + k.service.Service + ", listener " + l.name,
+		Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
 }
 
 // route makes one rule for one match. Each service has its share of what its own chain makes of it.
@@ -497,38 +439,23 @@ func apiMatch(m *api.HTTPMatch) (out connect.HTTPMatch) {
 // door is what a listener shows to clients; nil: it must not be opened. The only certificate is shown to
 // everybody. Of several each is shown for its names; a name of two, or of none, gets the gateway's own
 // leaf, as with Consul's own proxies. A file has no names there: the first takes all.
-func (k *apiGateway) door(st *state, snap *connect.Snapshot, l *apiListener, n *connect.Notices) (door *connect.Door, ok bool) {
-	door = &connect.Door{TLS: l.tls}
+func (k *apiGateway) door(st *state, e *edgeSnap, l *apiListener) *connect.Door {
+	door := &connect.Door{TLS: l.tls, Normalize: e.normalize}
 	if !l.secured {
-		return door, true
+		return door
+	}
+	shown := k.usable(st, e, l)
+	if len(shown) == 0 {
+		return nil // nothing is served without TLS where TLS is asked for
 	}
 	claimed := map[string]int{}
-	var shown []apiCertificate
-	ok = true
-	for _, c := range l.certificates {
-		if c.file != nil {
-			c.leaf, _ = heard[*certs.Leaf](st, c.file.key)
-		}
-		if c.leaf == nil {
-			n.Add("api-gateway listener "+l.name, "certificate", c.name, "it cannot be used: a certificate and its key are wanted, which have not ended")
-			ok = ok && c.file == nil
-			continue
-		}
+	for _, c := range shown {
 		for _, name := range c.leaf.Names {
 			claimed[strings.ToLower(name)]++
 		}
-		shown = append(shown, c)
-	}
-	if len(shown) == 0 {
-		return nil, ok // nothing is served without TLS where TLS is asked for
-	}
-	add := func(c *apiCertificate, names []string) {
-		name := connect.LeafName("edge-" + connect.SafeName(c.name))
-		snap.Leaves[name] = c.leaf
-		door.Certificates = append(door.Certificates, connect.Certificate{Leaf: name, Names: names})
 	}
 	if at := slices.IndexFunc(shown, func(c apiCertificate) bool { return c.file != nil }); at >= 0 || len(l.certificates) == 1 {
-		add(&shown[max(at, 0)], nil)
+		e.show(door, shown[max(at, 0)].name, shown[max(at, 0)].leaf, nil)
 	} else {
 		door.Certificates = []connect.Certificate{{Leaf: connect.OwnLeaf}}
 	}
@@ -540,8 +467,24 @@ func (k *apiGateway) door(st *state, snap *connect.Snapshot, l *apiListener, n *
 			}
 		}
 		if shown[i].file == nil && len(l.certificates) > 1 && len(names) > 0 {
-			add(&shown[i], names)
+			e.show(door, shown[i].name, shown[i].leaf, names)
 		}
 	}
-	return door, ok
+	return door
+}
+
+// usable are the certificates of a listener that can be shown.
+func (k *apiGateway) usable(st *state, e *edgeSnap, l *apiListener) (out []apiCertificate) {
+	for _, c := range l.certificates {
+		if c.file != nil {
+			c.leaf, _ = heard[*certs.Leaf](st, c.file.key)
+			e.slow = e.slow || c.leaf == nil
+		}
+		if c.leaf == nil {
+			e.notices.Add("api-gateway listener "+l.name, "certificate", c.name, "it cannot be used: a certificate and its key are wanted, which have not ended")
+			continue
+		}
+		out = append(out, c)
+	}
+	return out
 }

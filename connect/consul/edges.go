@@ -17,7 +17,123 @@ import (
 	"github.com/haproxy-connect/haproxy-connect/connect"
 )
 
-// What gateways at the edge of the mesh have in common.
+// edge is what gateways at the edge of the mesh have in common: they let clients in that are not of
+// the mesh, as their entries say.
+type edge struct {
+	client       *Client
+	registration string // the watch's key
+
+	turn    uint64 // of the registration from which the fields below were decoded
+	service *api.AgentService
+	binds   []gatewayBind
+	sds     string // directory with certificates
+	notices connect.Notices
+
+	services map[string]*upstream // by listener and name
+	nouns    *nouns
+}
+
+func newEdge(c *Client, registration string) edge {
+	return edge{client: c, registration: registration, services: map[string]*upstream{}, nouns: &nouns{}}
+}
+
+func (k *edge) decode(st *state) {
+	turn := st.turnOf(k.registration)
+	if k.turn == turn {
+		return
+	}
+	k.turn = turn
+	k.service, _ = heard[*api.AgentService](st, k.registration)
+	k.notices = nil
+	k.binds, k.sds = edgeBinds(k.service, &k.notices)
+	k.services = map[string]*upstream{}
+}
+
+// always are the watches of every gateway at the edge.
+func (k *edge) always() []watch {
+	return []watch{k.client.roots(), k.client.mesh(), k.client.leaf(k.service.Service)}
+}
+
+// edgeSnap is a snapshot of such a gateway on its way.
+type edgeSnap struct {
+	*connect.Snapshot
+	roots     *certs.Roots
+	normalize connect.Normalize
+	notices   connect.Notices
+	to        *nouns
+	slow      bool
+}
+
+// begin starts a snapshot; nil while something that must be known is not.
+func (k *edge) begin(st *state, kind string) *edgeSnap {
+	c := k.client
+	roots, haveRoots := heard[*certs.Roots](st, c.roots().key)
+	leaf, haveLeaf := heard[*certs.Leaf](st, c.leaf(k.service.Service).key)
+	if !haveRoots || !haveLeaf || leaf.ID.TrustDomain != roots.TrustDomain {
+		return nil
+	}
+	mesh, haveMesh := heard[meshEntry](st, c.mesh().key)
+	all, _ := heard[peerings](st, c.peerings().key)
+	e := &edgeSnap{roots: roots, notices: slices.Clone(k.notices), to: k.nouns.next(), slow: !haveMesh}
+	peers := all.trusted(roots.TrustDomain, &e.notices)
+	e.normalize, _ = mesh.decode(&e.notices)
+	_, outgoing := mesh.tls(&e.notices)
+	e.Snapshot = &connect.Snapshot{
+		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: kind, Namespace: k.service.Namespace, Partition: k.service.Partition,
+			Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain},
+		Outgoing: outgoing, Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers), Peers: all.shown(),
+	}
+	return e
+}
+
+// end completes a snapshot.
+func (k *edge) end(e *edgeSnap) (snap *connect.Snapshot, slow bool) {
+	k.nouns = e.to
+	e.Notices = e.notices.Sorted()
+	e.to.into(e.Snapshot)
+	return e.Snapshot, e.slow
+}
+
+// upstream is a service behind a listener: the one of before, if it is declared alike.
+func (k *edge) upstream(d *declared, old map[string]*upstream) *upstream {
+	d.group = connect.GroupName(d.name)
+	d.dc = k.service.Datacenter
+	if p := k.service.Proxy; p != nil {
+		d.gateway = p.MeshGateway.Mode
+	}
+	x := old[d.name]
+	if x == nil || !reflect.DeepEqual(x.declared, d) {
+		x = newUpstream(k.client, d, k.service.Datacenter)
+	}
+	k.services[d.name] = x
+	return x
+}
+
+// behind adds what a service leads to.
+func (e *edgeSnap) behind(st *state, x *upstream) {
+	x.follow(st)
+	e.slow = !x.lead(st, e.to, e.roots.TrustDomain) || e.slow
+	e.notices = append(e.notices, x.notices()...)
+}
+
+// open adds a listener at each address of the gateway. One that leads nowhere is not opened.
+func (k *edge) open(e *edgeSnap, name string, port int, l connect.Listener) {
+	if len(l.Branches[0].Chain.Routes) == 0 {
+		return
+	}
+	for _, b := range k.binds {
+		one := l
+		one.Name, one.Role, one.Bind = name+"_"+strings.TrimPrefix(b.name, "relay_"), connect.Edge, connect.Bind{Address: b.bind.Address, Port: port}
+		e.to.listener(&one)
+	}
+}
+
+// show adds a certificate to those of a door.
+func (e *edgeSnap) show(door *connect.Door, name string, leaf *certs.Leaf, names []string) {
+	at := connect.LeafName("edge-" + connect.SafeName(name))
+	e.Leaves[at] = leaf
+	door.Certificates = append(door.Certificates, connect.Certificate{Leaf: at, Names: names})
+}
 
 // entries returns the watch for the config entries of a kind, with this name if it is not "", whose form
 // is T; its answers are []T. It asks for the list: a query for a single entry loses the index while there is none.
@@ -193,6 +309,3 @@ func hostsAt(hosts []string, port int) (out []string) {
 	}
 	return out
 }
-
-// same reports whether two upstreams are declared alike.
-func same(a, b *declared) bool { return reflect.DeepEqual(a, b) }

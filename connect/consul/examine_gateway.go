@@ -108,7 +108,7 @@ func (c *Client) examineAPI(s *api.AgentService, say sayer, ask func(what string
 	if leaf, ok := ask("leaf", c.leaf(s.Service)).(*certs.Leaf); ok {
 		say("leaf", OK, "of "+leaf.ID.String(), "")
 	}
-	k := &apiGateway{client: c, service: s}
+	k := &apiGateway{edge{client: c, service: s}}
 	list, ok := ask("api-gateway", k.entry()).([]api.APIGatewayConfigEntry)
 	switch {
 	case !ok:

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -15,34 +16,10 @@ import (
 
 // ingressGateway is the kind of proxy that lets clients outside the mesh in, as an ingress-gateway
 // entry says.
-type ingressGateway struct {
-	client       *Client
-	registration string // the watch's key
-
-	turn    uint64 // of the registration from which the fields below were decoded
-	service *api.AgentService
-	binds   []gatewayBind
-	sds     string // directory with certificates
-	notices connect.Notices
-
-	services map[string]*upstream // by port and name
-	nouns    *nouns
-}
+type ingressGateway struct{ edge }
 
 func newIngressGateway(c *Client, registration string) kind {
-	return &ingressGateway{client: c, registration: registration, services: map[string]*upstream{}, nouns: &nouns{}}
-}
-
-func (k *ingressGateway) decode(st *state) {
-	turn := st.turnOf(k.registration)
-	if k.turn == turn {
-		return
-	}
-	k.turn = turn
-	k.service, _ = heard[*api.AgentService](st, k.registration)
-	k.notices = nil
-	k.binds, k.sds = edgeBinds(k.service, &k.notices)
-	k.services = map[string]*upstream{}
+	return &ingressGateway{newEdge(c, registration)}
 }
 
 // edgeBinds are the addresses of a gateway at the edge, whose ports its entry names, and the directory
@@ -75,7 +52,7 @@ func (k *ingressGateway) listed(st *state) *api.IngressGatewayConfigEntry {
 func (k *ingressGateway) wants(st *state) []watch {
 	k.decode(st)
 	c := k.client
-	out := []watch{c.roots(), c.mesh(), c.leaf(k.service.Service), k.entry(), c.gatewayServices(k.service.Service)}
+	out := append(k.always(), k.entry(), c.gatewayServices(k.service.Service))
 	for _, l := range k.listeners(st) {
 		for _, s := range l.services {
 			s.x.follow(st)
@@ -164,19 +141,10 @@ func (k *ingressGateway) listeners(st *state) (out []*ingressListener) {
 	return out
 }
 
-// bound is one service at a listener. The same settings are the same upstream.
+// bound is one service at a listener.
 func (k *ingressGateway) bound(e *api.IngressGatewayConfigEntry, w *api.IngressService, s *api.GatewayService, l *ingressListener, old map[string]*upstream) ingressService {
-	d := &declared{name: fmt.Sprintf("%d.%s", l.port, connect.SafeName(s.Service.Name)), service: s.Service.Name, dc: k.service.Datacenter, protocol: l.protocol,
-		where: fmt.Sprintf("ingress listener %d, service %s", l.port, s.Service.Name), limits: ingressLimits(w, e.Defaults), passive: ingressHealth(w, e.Defaults)}
-	d.group = connect.GroupName(d.name)
-	if p := k.service.Proxy; p != nil {
-		d.gateway = p.MeshGateway.Mode
-	}
-	x := old[d.name]
-	if x == nil || !same(x.declared, d) {
-		x = newUpstream(k.client, d, k.service.Datacenter)
-	}
-	k.services[d.name] = x
+	x := k.upstream(&declared{name: fmt.Sprintf("%d.%s", l.port, connect.SafeName(s.Service.Name)), service: s.Service.Name, protocol: l.protocol,
+		where: fmt.Sprintf("ingress listener %d, service %s", l.port, s.Service.Name), limits: ingressLimits(w, e.Defaults), passive: ingressHealth(w, e.Defaults)}, old)
 	out := ingressService{x: x, entry: *w}
 	for _, h := range s.Hosts {
 		if edgeHost(h) {
@@ -273,89 +241,60 @@ func ingressHealth(w *api.IngressService, d *api.IngressServiceConfig) *connect.
 
 func (k *ingressGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	k.decode(st)
-	c := k.client
-	roots, haveRoots := heard[*certs.Roots](st, c.roots().key)
-	leaf, haveLeaf := heard[*certs.Leaf](st, c.leaf(k.service.Service).key)
-	if !haveRoots || !haveLeaf || leaf.ID.TrustDomain != roots.TrustDomain {
+	e := k.begin(st, "ingress gateway")
+	if e == nil {
 		return nil, true
 	}
-	notices := slices.Clone(k.notices)
-	mesh, haveMesh := heard[meshEntry](st, c.mesh().key)
-	all, _ := heard[peerings](st, c.peerings().key)
-	peers := all.trusted(roots.TrustDomain, &notices)
-	slow = !haveMesh || st.turnOf(k.entry().key) == 0
-	normalize, _ := mesh.decode(&notices)
-	_, outgoing := mesh.tls(&notices)
-	now := k.nouns.next()
-	snap = &connect.Snapshot{
-		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "ingress gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
-			Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain},
-		Outgoing: outgoing, Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers), Peers: all.shown(),
-	}
+	e.slow = e.slow || st.turnOf(k.entry().key) == 0
 	for _, l := range k.listeners(st) {
-		slow = !k.listen(st, now, snap, l, roots, normalize, &notices) || slow
+		k.listen(st, e, l)
 	}
-	k.nouns = now
-	snap.Notices = notices.Sorted()
-	now.into(snap)
-	return snap, slow
+	return k.end(e)
 }
 
-// listen adds the nouns of a listener, and reports whether everything was heard of.
-func (k *ingressGateway) listen(st *state, to *nouns, snap *connect.Snapshot, l *ingressListener, roots *certs.Roots, normalize connect.Normalize, n *connect.Notices) bool {
-	door, ok := k.door(st, snap, l, roots, n)
+// listen adds the nouns of a listener.
+func (k *ingressGateway) listen(st *state, e *edgeSnap, l *ingressListener) {
+	door := k.door(st, e, l)
 	if door == nil {
-		return ok // nothing is served where TLS is asked for and there is no certificate
+		return // nothing is served where TLS is asked for and there is no certificate
 	}
-	door.Normalize = normalize
 	chain, idle := connect.Chain{}, time.Duration(0)
 	for _, s := range l.services {
-		s.x.follow(st)
-		ok = s.x.lead(st, to, roots.TrustDomain) && ok
-		*n = append(*n, s.x.notices()...)
+		e.behind(st, s.x)
 		in := s.x.made.listener
 		idle = max(idle, in.Idle)
 		if !l.protocol.IsHTTP() {
 			chain = in.Branches[0].Chain
 			break // Consul binds one alone
 		}
-		request, answer := edits(s.x.where, s.entry.RequestHeaders, "request_headers", n), edits(s.x.where, s.entry.ResponseHeaders, "response_headers", n)
+		request, answer := edits(s.x.where, s.entry.RequestHeaders, "request_headers", &e.notices), edits(s.x.where, s.entry.ResponseHeaders, "response_headers", &e.notices)
 		chain.Routes = append(chain.Routes, site(s.x, connect.SafeName(s.x.service), hostsAt(s.hosts, l.port), request, answer)...)
 	}
-	if len(chain.Routes) == 0 {
-		return ok // there is nobody to lead to
-	}
-	for _, b := range k.binds {
-		bind := connect.Bind{Address: b.bind.Address, Port: l.port}
-		to.listener(&connect.Listener{Name: fmt.Sprintf("%d_%s", l.port, strings.TrimPrefix(b.name, "relay_")), Role: connect.Edge, Bind: bind, Idle: idle, Door: door, Origin: "ingress-gateway " + k.service.Service,
-			Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
-	}
-	return ok
+	k.open(e, strconv.Itoa(l.port), l.port, connect.Listener{Idle: idle, Door: door, Origin: "ingress-gateway " + k.service.Service, Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
 }
 
 // door is what a listener shows to clients; nil: it must not be opened.
-func (k *ingressGateway) door(st *state, snap *connect.Snapshot, l *ingressListener, roots *certs.Roots, n *connect.Notices) (door *connect.Door, ok bool) {
-	door = &connect.Door{TLS: l.tls}
+func (k *ingressGateway) door(st *state, e *edgeSnap, l *ingressListener) *connect.Door {
+	door := &connect.Door{TLS: l.tls, Normalize: e.normalize}
 	show := func(w watch, names []string) bool {
-		leaf, heard := heard[*certs.Leaf](st, w.key)
-		if !heard {
-			n.Add(fmt.Sprintf("ingress listener %d", l.port), "tls", "", "its certificate is not known yet ("+w.name+"); it is not shown")
-			return false
+		leaf, known := heard[*certs.Leaf](st, w.key)
+		if known {
+			e.show(door, connect.Digest(w.key), leaf, names)
+			return true
 		}
-		name := connect.LeafName("edge-" + connect.Digest(w.key))
-		snap.Leaves[name] = leaf
-		door.Certificates = append(door.Certificates, connect.Certificate{Leaf: name, Names: names})
-		return true
+		e.notices.Add(fmt.Sprintf("ingress listener %d", l.port), "tls", "", "its certificate is not known yet ("+w.name+"); it is not shown")
+		e.slow = true
+		return false
 	}
-	ok = true
 	switch {
 	case l.ownTLS:
-		ok = show(k.signed(st, roots), nil)
+		if !show(k.signed(st, e.roots), nil) {
+			return nil
+		}
 	case len(l.files) > 0 && !slices.ContainsFunc(l.services, func(s ingressService) bool { return s.file != nil && s.file.key == l.files[0].key }):
-		ok = show(l.files[0], nil)
-	}
-	if !ok {
-		return nil, false
+		if !show(l.files[0], nil) {
+			return nil
+		}
 	}
 	for _, s := range l.services {
 		if s.file == nil {
@@ -367,10 +306,10 @@ func (k *ingressGateway) door(st *state, snap *connect.Snapshot, l *ingressListe
 				names = append(names, host)
 			}
 		}
-		ok = show(*s.file, names) && ok
+		show(*s.file, names)
 	}
 	if len(l.files) > 0 && len(door.Certificates) == 0 {
-		return nil, false
+		return nil
 	}
-	return door, ok
+	return door
 }
