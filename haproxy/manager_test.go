@@ -575,3 +575,17 @@ func TestAFailingReloadHoldsUpNothing(t *testing.T) {
 		require.NotNil(t, b.m.Status().Running.Find(render.Frontend, "up_db"))
 	})
 }
+
+// The Go originator listens on the sockets in use alone: another one is not missing.
+func TestSocketsToLookFor(t *testing.T) {
+	class := render.Class{Go: true, Timeout: 5 * time.Second, Leaf: connect.OwnLeaf, Bundle: connect.OwnBundle}
+	table := &render.SlotTable{Class: class, Size: 256, Values: []string{"", "10.0.0.1|1|x"}}
+	c := &render.Config{Slots: map[string]*render.SlotTable{class.Name(): table}, Maps: map[string]*render.LiveMap{render.SlotMapFile(class.Name()): {}}}
+	id := 0
+	table.Each(func(_ string, used int) { id = used })
+	require.NotEqual(t, 1, id)
+	require.Contains(t, sockets(c), render.SlotSocket(render.Slot{Class: class.Name(), ID: id}))
+	require.NotContains(t, sockets(c), render.SlotSocket(render.Slot{Class: class.Name(), ID: 1}))
+	table.Values = nil
+	require.Len(t, sockets(c), 4, "none is in use")
+}

@@ -15,10 +15,9 @@ import (
 func sockets(c *render.Config) []string {
 	out := []string{render.StatsSocket, render.AdminSocket, render.AuthzSocket, render.MasterSocket}
 	for class, t := range c.Slots {
-		id := 0
-		if c.Maps[render.SlotMapFile(class)] != nil { // connectors of HAProxy: every socket
-			id = 1
-		} else { // the Go dialer listens on those in use
+		id := 1         // HAProxy's connectors have every socket
+		if t.Class.Go { // the Go originator listens on those in use
+			id = 0
 			t.Each(func(_ string, used int) { id = used })
 		}
 		if id != 0 {

@@ -14,8 +14,11 @@ import (
 
 // Times of a drain.
 const (
-	leaveFor = 5 * time.Second        // the longest wait for callers to go elsewhere
-	quietFor = 300 * time.Millisecond // callers that send no request for so long have gone elsewhere
+	leaveFor = 5 * time.Second // the longest wait for callers to go elsewhere
+	// Where a gateway is, callers learn late: Consul writes a datacenter's gateways down every 5 s at most
+	// (agent/consul, loopRateLimit), and copies that to the other datacenters.
+	leaveGatewayFor = 20 * time.Second
+	quietFor        = 300 * time.Millisecond // callers that send no request for so long have gone elsewhere
 )
 
 // idleGrace is how long a drain waits, after the last request, for callers to close connections that they do
@@ -30,7 +33,9 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 		return
 	}
 	snap := s.newest.Load()
-	if snap == nil || !slices.ContainsFunc(snap.Listeners, func(l *connect.Listener) bool { return l.Role == connect.Public || l.Role == connect.Relay }) {
+	if snap == nil || !slices.ContainsFunc(snap.Listeners, func(l *connect.Listener) bool {
+		return l.Role == connect.Public || l.Role == connect.Relay || l.Role == connect.Edge
+	}) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.conf.drain)
@@ -41,7 +46,9 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 			fronts[sec.Name] = true
 		}
 	}
-	if public := snap.Public(); public != nil && public.Protocol().IsHTTP() {
+	if slices.ContainsFunc(snap.Listeners, func(l *connect.Listener) bool {
+		return l.Role != connect.Local && l.Role != connect.Open && l.Protocol().IsHTTP()
+	}) {
 		if _, err := s.proc.Do(ctx, fmt.Sprintf("add map %s/%s %s 1", s.dir, render.PolicyMap, render.DrainingKey), nil); err != nil {
 			return
 		}
@@ -54,7 +61,11 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 			s.log.Warn("cannot leave the mesh before the listener closes; callers notice by themselves", "error", err, "try", "is the agent there, and may the token write the service?")
 		}
 	}
-	s.quiet(ctx, fronts)
+	most := leaveFor
+	if slices.ContainsFunc(snap.Listeners, func(l *connect.Listener) bool { return l.Role == connect.Relay }) {
+		most = leaveGatewayFor
+	}
+	s.quiet(ctx, fronts, most)
 	for name := range fronts {
 		if _, err := s.proc.Do(ctx, "shutdown frontend "+name, nil); err != nil {
 			return
@@ -88,9 +99,9 @@ func (s *running) drainInbound(ctx context.Context, id string) {
 	}
 }
 
-// quiet waits until callers have sent no request for quietFor, at most for leaveFor.
-func (s *running) quiet(ctx context.Context, fronts map[string]bool) {
-	ctx, cancel := context.WithTimeout(ctx, leaveFor)
+// quiet waits until callers have sent no request for quietFor, at most so long.
+func (s *running) quiet(ctx context.Context, fronts map[string]bool, most time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	t := time.NewTicker(20 * time.Millisecond)
 	defer t.Stop()

@@ -26,6 +26,7 @@ type edge struct {
 	turn    uint64 // of the registration from which the fields below were decoded
 	service *api.AgentService
 	binds   []gatewayBind
+	seen    seen
 	sds     string // directory with certificates
 	notices connect.Notices
 
@@ -45,7 +46,7 @@ func (k *edge) decode(st *state) {
 	k.turn = turn
 	k.service, _ = heard[*api.AgentService](st, k.registration)
 	k.notices = nil
-	k.binds, k.sds = edgeBinds(k.service, &k.notices)
+	k.binds, k.seen, k.sds = edgeBinds(k.service, &k.notices)
 	k.services = map[string]*upstream{}
 }
 
@@ -90,6 +91,7 @@ func (k *edge) begin(st *state, kind string) *edgeSnap {
 func (k *edge) end(e *edgeSnap) (snap *connect.Snapshot, slow bool) {
 	k.nouns = e.to
 	e.Notices = e.notices.Sorted()
+	k.seen.into(e.Snapshot)
 	e.to.into(e.Snapshot)
 	return e.Snapshot, e.slow
 }

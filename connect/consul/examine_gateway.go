@@ -18,7 +18,8 @@ import (
 func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sayer) (listens []string) {
 	say("registration", OK, fmt.Sprintf("%s is a gateway of kind %s", s.ID, s.Kind), "")
 	var n connect.Notices
-	for _, b := range gatewayBinds(s, &n) {
+	binds, _ := gatewayBinds(s, &n)
+	for _, b := range binds {
 		listens = append(listens, net.JoinHostPort(b.bind.Address, strconv.Itoa(b.bind.Port)))
 	}
 	for _, one := range n.Sorted() {

@@ -24,13 +24,14 @@ func newIngressGateway(c *Client, registration string) kind {
 
 // edgeBinds are the addresses of a gateway at the edge, whose ports its entry names, and the directory
 // of certificates that takes the place of a server of secrets.
-func edgeBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind, sds string) {
+func edgeBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind, t seen, sds string) {
 	own := *s
 	own.Port = cmp.Or(own.Port, 1) // of no use here
 	if s.Proxy != nil {
 		sds, _ = s.Proxy.Config[sdsKey].(string)
 	}
-	return gatewayBinds(&own, n), sds
+	out, t = gatewayBinds(&own, n)
+	return out, t, sds
 }
 
 // sdsKey is a key of ours.
@@ -58,9 +59,7 @@ func (k *ingressGateway) wants(st *state) []watch {
 			s.x.follow(st)
 			out = append(out, s.x.wants(st)...)
 		}
-		for _, f := range l.files {
-			out = append(out, f)
-		}
+		out = append(out, l.files...)
 		if roots, ok := heard[*certs.Roots](st, c.roots().key); ok && l.ownTLS {
 			out = append(out, k.signed(st, roots))
 		}
@@ -258,19 +257,19 @@ func (k *ingressGateway) listen(st *state, e *edgeSnap, l *ingressListener) {
 	if door == nil {
 		return // nothing is served where TLS is asked for and there is no certificate
 	}
-	chain, idle := connect.Chain{}, time.Duration(0)
+	chain, idle, most := connect.Chain{}, time.Duration(0), (*int)(nil)
 	for _, s := range l.services {
 		e.behind(st, s.x)
 		in := s.x.made.listener
 		idle = max(idle, in.Idle)
 		if !l.protocol.IsHTTP() {
-			chain = in.Branches[0].Chain
+			chain, most = in.Branches[0].Chain, in.MaxConnections
 			break // Consul binds one alone
 		}
 		request, answer := edits(s.x.where, s.entry.RequestHeaders, "request_headers", &e.notices), edits(s.x.where, s.entry.ResponseHeaders, "response_headers", &e.notices)
 		chain.Routes = append(chain.Routes, site(s.x, connect.SafeName(s.x.service), hostsAt(s.hosts, l.port), request, answer)...)
 	}
-	k.open(e, strconv.Itoa(l.port), l.port, connect.Listener{Idle: idle, Door: door, Origin: "ingress-gateway " + k.service.Service, Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
+	k.open(e, strconv.Itoa(l.port), l.port, connect.Listener{Idle: idle, MaxConnections: most, Door: door, Origin: "ingress-gateway " + k.service.Service, Branches: []connect.Branch{{Protocol: l.protocol, Chain: chain}}})
 }
 
 // door is what a listener shows to clients; nil: it must not be opened.

@@ -26,6 +26,7 @@ type meshGateway struct {
 	turn    uint64 // of the registration that follows
 	service *api.AgentService
 	binds   []gatewayBind
+	seen    seen
 	notices connect.Notices
 
 	exported map[string]*upstream // by service
@@ -50,7 +51,7 @@ func (k *meshGateway) decode(st *state) {
 	k.turn = turn
 	k.service, _ = heard[*api.AgentService](st, k.registration)
 	k.notices = nil
-	k.binds = gatewayBinds(k.service, &k.notices)
+	k.binds, k.seen = gatewayBinds(k.service, &k.notices)
 }
 
 func (k *meshGateway) own() string { return k.service.Datacenter }
@@ -181,6 +182,7 @@ func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	if k.leaf != nil {
 		snap.Leaves[connect.OwnLeaf] = k.leaf
 	}
+	k.seen.into(snap)
 	r.to.into(snap)
 	return snap, slow
 }
@@ -388,8 +390,17 @@ type gatewayBind struct {
 	bind connect.Bind
 }
 
-// gatewayBinds reads what a gateway's registration makes it listen on.
-func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind) {
+// seen is what others may see of a gateway.
+type seen struct {
+	accessLog connect.AccessLog
+	telemetry connect.Telemetry
+}
+
+// into a snapshot.
+func (t *seen) into(s *connect.Snapshot) { s.AccessLog, s.Telemetry = t.accessLog, t.telemetry }
+
+// gatewayBinds reads what a gateway's registration makes it listen on, and who may see what of it.
+func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind, t seen) {
 	var config map[string]any
 	if s.Proxy != nil {
 		config = s.Proxy.Config
@@ -429,7 +440,11 @@ func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind) {
 	for _, dead := range []string{sdsKey, "protocol", "bind_address", "bind_port", "envoy_dns_discovery_type"} {
 		k.get(dead)
 	}
+	t.telemetry = telemetry(k)
+	if s.Proxy != nil {
+		t.accessLog = accessLog(s.Proxy.AccessLogs, n)
+	}
 	k.rest()
 	slices.SortFunc(out, func(a, b gatewayBind) int { return cmp.Compare(a.name, b.name) })
-	return out
+	return out, t
 }

@@ -37,6 +37,8 @@ func (f *file) edge(made *front, to [][]way) *builder {
 	b.add("http-request set-header X-Forwarded-Proto %s", map[bool]string{true: "https", false: "http"}[len(door.Certificates) > 0])
 	b.add("http-response set-var(txn.answered) bool(true)")
 	b.add("http-after-response set-status 503 if { status 502 } !{ var(txn.answered) -m bool }")
+	f.Maps[PolicyMap].Read = true
+	closing(b, f)
 	f.chain(b, made, to)
 	return b
 }

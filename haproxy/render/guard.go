@@ -255,8 +255,7 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 		b.add("http-request del-header %s", header)
 		spellings(b, f.ourHeaders())
 	}
-	// While we stop, an answer closes its connection: the caller goes elsewhere.
-	b.add("http-after-response set-header Connection close if { str(%s),map_str(%s) -m found }", DrainingKey, f.path(PolicyMap))
+	closing(b, f)
 	if f.MaxAge > 0 {
 		b.add("tcp-request session set-var(sess.born) date()")
 		b.add("http-after-response set-header Connection close if { date(),sub(sess.born) ge %d }", int(f.MaxAge.Seconds()))
@@ -268,4 +267,9 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 			b.add("http-request set-header %s %%[var(%s%s)] if { var(%s%s) -m found }", g.CallerHeader, txn, spoe.VarRequestService, txn, spoe.VarRequestService)
 		}
 	}
+}
+
+// closing has answers close their connections while we stop: the caller goes elsewhere.
+func closing(b *builder, f *file) {
+	b.add("http-after-response set-header Connection close if { str(%s),map_str(%s) -m found }", DrainingKey, f.path(PolicyMap))
 }

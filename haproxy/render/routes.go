@@ -49,7 +49,7 @@ func plain(c *connect.Chain) bool {
 	}
 	r := &c.Routes[0]
 	s := &r.Splits[0]
-	return r.Match.Everything() && r.Rewrite == "" && r.Timeout == 0 && r.Idle == 0 && !r.Retry.Any() &&
+	return r.Site == "" && r.Match.Everything() && r.Rewrite == "" && r.Timeout == 0 && r.Idle == 0 && !r.Retry.Any() &&
 		r.Request.Empty() && r.Answer.Empty() && s.Request.Empty() && s.Answer.Empty()
 }
 
