@@ -105,7 +105,7 @@ func without(list []*connect.Listener, refused []*render.Refused) []*connect.Lis
 		return list
 	}
 	return slices.DeleteFunc(slices.Clone(list), func(l *connect.Listener) bool {
-		return slices.ContainsFunc(refused, func(r *render.Refused) bool { return r.Listener == l })
+		return slices.ContainsFunc(refused, func(r *render.Refused) bool { return r.Listener == l && r.Site == "" })
 	})
 }
 

@@ -14,7 +14,7 @@ import (
 func (m *Manager) stay(snap *connect.Snapshot, refused []*render.Refused) *connect.Snapshot {
 	out := *snap
 	for _, r := range refused {
-		if !r.Listener.Role.Optional() || m.ran == nil || m.taken[r.Listener] {
+		if r.Site != "" || !r.Listener.Role.Optional() || m.ran == nil || m.taken[r.Listener] {
 			continue
 		}
 		old := m.served.find(r.Listener)

@@ -85,8 +85,8 @@ type peerings struct {
 	denied bool
 }
 
-// peeringWait is how long a question for peers blocks: an answer has news that wakes no question,
-// as what is imported and new roots.
+// peeringWait is how long a question for peers blocks while there are any: an answer has news that
+// wakes no question, as what is imported and new roots.
 const peeringWait = 10 * time.Second
 
 // deniedAgain is how often a right that the token lacks is tried again.
@@ -95,12 +95,14 @@ const deniedAgain = 30 * time.Second
 // peerings returns the watch for all peers; its answers are peerings. A token that loses the right
 // takes away nothing that was known.
 func (c *Client) peerings() watch {
-	known := false
-	return watch{key: "peerings", name: "peers", shapes: func(any) bool { return true },
+	known, some := false, false
+	return watch{key: "peerings", name: "peers", shapes: func(any) bool { return true }, same: samePeerings,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			var list []peering
 			q := cur.options(ctx)
-			q.WaitTime = min(q.WaitTime, peeringWait)
+			if some {
+				q.WaitTime = min(q.WaitTime, peeringWait)
+			}
 			meta, err := c.api.Raw().Query("/v1/peerings", &list, q)
 			if isStatus(err, 403) && !known {
 				cur.pause = deniedAgain
@@ -114,7 +116,7 @@ func (c *Client) peerings() watch {
 				return nil, err
 			}
 			cur.advance(meta)
-			known = true
+			known, some = true, len(list) > 0
 			list = slices.DeleteFunc(list, func(p peering) bool { return certs.ServiceName(p.Name) != nil })
 			slices.SortFunc(list, func(a, b peering) int { return strings.Compare(a.Name, b.Name) })
 			for i := range list {
@@ -124,6 +126,15 @@ func (c *Client) peerings() watch {
 			}
 			return peerings{list: list}, nil
 		}}
+}
+
+func samePeerings(a, b any) bool {
+	x, y := a.(peerings), b.(peerings)
+	return x.denied == y.denied && slices.EqualFunc(x.list, y.list, func(p, q peering) bool {
+		return p.Name == q.Name && p.State == q.State && p.PeerServerName == q.PeerServerName && slices.Equal(p.PeerServerAddresses, q.PeerServerAddresses) &&
+			slices.Equal(p.PeerCAPems, q.PeerCAPems) && slices.Equal(p.StreamStatus.ImportedServices, q.StreamStatus.ImportedServices) &&
+			slices.Equal(p.StreamStatus.ExportedServices, q.StreamStatus.ExportedServices)
+	})
 }
 
 // find is the peer of this name, or nil.

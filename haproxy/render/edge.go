@@ -43,6 +43,32 @@ func (f *file) edge(made *front, to [][]way) *builder {
 	return b
 }
 
+// sound is the chain of a listener without the sites that cannot be rendered: a broken route of one
+// host must not take down the others.
+func (f *file) sound(l *connect.Listener) *connect.Chain {
+	c := &l.Branches[0].Chain
+	bad := map[string]bool{}
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		n := newNaming(section(Frontend, "trial"))
+		one := &connect.Chain{Routes: []connect.Route{*r}}
+		n.headers(one)
+		n.route(one, 0)
+		n.changes(one, 0)
+		for _, h := range r.Hosts {
+			n.b.check("host", strings.Trim(h, "*")+"x")
+		}
+		if n.b.err != nil && !bad[r.Site] {
+			bad[r.Site] = true
+			f.refused = append(f.refused, &Refused{Listener: l, Site: r.Site, Err: n.b.err})
+		}
+	}
+	if len(bad) == 0 {
+		return c
+	}
+	return &connect.Chain{Routes: slices.DeleteFunc(slices.Clone(c.Routes), func(r connect.Route) bool { return bad[r.Site] })}
+}
+
 // edgeTLS is the rest of the bind line of a listener with certificates.
 func (f *file) edgeTLS(b *builder, l *connect.Listener) string {
 	if l.Door == nil || len(l.Door.Certificates) == 0 {

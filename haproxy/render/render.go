@@ -55,11 +55,15 @@ func New(o Options) (*Renderer, error) {
 // Refused is a listener that cannot be rendered: it is left out, the others stay.
 type Refused struct {
 	Listener *connect.Listener
+	Site     string // of an Edge listener: that alone is left out; "": all of it is
 	Err      error
 	Stays    bool // what ran in its place still does
 }
 
 func (r *Refused) Error() string {
+	if r.Site != "" {
+		return fmt.Sprintf("host %.80q of listener %.80q is left out: %v", r.Site, r.Listener.Name, r.Err)
+	}
 	if !r.Listener.Role.Optional() {
 		return fmt.Sprintf("a part of the registration is left out: %v", r.Err)
 	}
@@ -233,6 +237,7 @@ func (f *file) build(b *builder, comment string) (*Section, error) {
 // front is what a listener became, and the backends that it leads to.
 type front struct {
 	listener *connect.Listener
+	chain    *connect.Chain // of its first branch, without sites that cannot be rendered
 	sections []*Section
 	pools    []*pool
 	live     []liveEntry // of the maps that its routes read
@@ -284,14 +289,21 @@ func (f *file) same(one *front) bool {
 
 // front renders one listener and what it leads to.
 func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
-	made := &front{listener: l}
+	made := &front{listener: l, chain: &l.Branches[0].Chain}
+	if l.Role == connect.Edge && l.Protocol().IsHTTP() {
+		made.chain = f.sound(l)
+	}
 	if l.Role == connect.Relay {
 		made.sections = f.callers(made, nil)
 		return made, nil
 	}
 	var all [][]way
 	for i := range l.Branches {
-		to, err := ways(f.snap, &l.Branches[i].Chain)
+		chain := &l.Branches[i].Chain
+		if i == 0 {
+			chain = made.chain
+		}
+		to, err := ways(f.snap, chain)
 		if err != nil {
 			return nil, err
 		}

@@ -127,7 +127,7 @@ func (w *way) backend(place int) string { return backendName(w.group, place) + w
 // that leads: legs.map has the cuts between the splits of a route, and ways.map the backends
 // of each, in failover order.
 func (f *file) chain(b *builder, made *front, to [][]way) {
-	c := &made.listener.Branches[0].Chain
+	c := made.chain
 	n := newNaming(b)
 	if made.listener.Role == connect.Edge {
 		f.site(n, c)

@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -76,4 +77,28 @@ func TestRoutesReadTheirOwnEntries(t *testing.T) {
 	merged := Merge(first, other)
 	require.Equal(t, first.Maps[WaysMap].Text(), merged.Maps[WaysMap].Text(), "until the reload what runs reads what it read")
 	require.Equal(t, first.Maps[LegsMap].Text(), merged.Maps[LegsMap].Text())
+}
+
+// A broken route of one host takes down neither the other hosts nor the listener.
+func TestABrokenHostIsLeftOut(t *testing.T) {
+	p := newIdentity(t)
+	s := connecttest.Snapshot(p.leaf, p.roots)
+	connecttest.Add(s, p.upstream("api", connect.HTTP, 9000, 1))
+	route := func(site, host, path string) connect.Route {
+		r := connect.Direct("api.default.dc1").Routes[0]
+		r.Site, r.Hosts, r.Match.PathRegex = site, []string{host}, path
+		return r
+	}
+	s.Listeners = append(s.Listeners, &connect.Listener{Name: "web", Role: connect.Edge, Bind: connect.Bind{Address: "127.0.0.1", Port: 9999}, Branches: []connect.Branch{{Protocol: connect.HTTP,
+		Chain: connect.Chain{Routes: []connect.Route{route("good", "good.example.com", "/a"), route("bad", "bad.example.com", `\pL`), route("other", "other.example.com", "")}}}}})
+	slices.SortFunc(s.Listeners, func(a, b *connect.Listener) int { return int(a.Role) - int(b.Role) })
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(t, err)
+	c, refused, err := r.Render(s, nil)
+	require.NoError(t, err)
+	require.Len(t, refused, 1)
+	require.Contains(t, refused[0].Error(), `host "bad" of listener "web" is left out`)
+	require.NotNil(t, c.Find(Frontend, "edge_web"))
+	require.Contains(t, c.Maps[HostsMap].Text(), "good.example.com")
+	require.NotContains(t, c.Maps[HostsMap].Text(), "bad.example.com")
 }
