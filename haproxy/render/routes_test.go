@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -101,4 +102,68 @@ func TestABrokenHostIsLeftOut(t *testing.T) {
 	require.NotNil(t, c.Find(Frontend, "edge_web"))
 	require.Contains(t, c.Maps[HostsMap].Text(), "good.example.com")
 	require.NotContains(t, c.Maps[HostsMap].Text(), "bad.example.com")
+}
+
+// relays is a snapshot of a gateway with n names.
+func relays(t testing.TB, n int) *connect.Snapshot {
+	p := newIdentity(t)
+	s := connecttest.Snapshot(p.leaf, p.roots)
+	l := &connect.Listener{Name: "relay_default", Role: connect.Relay, Bind: connect.Bind{Address: "127.0.0.1", Port: 8443}, Idle: time.Hour}
+	for i := range n {
+		name := fmt.Sprintf("svc%05d", i)
+		s.Groups = append(s.Groups, &connect.Group{Name: connect.GroupName(name), Targets: []connect.TargetName{connect.TargetName(name)}, Connect: time.Second})
+		s.Targets = append(s.Targets, &connect.Target{Name: connect.TargetName(name), Dial: connect.Dial{How: connect.Pass}, Endpoints: []connect.Endpoint{{Name: "e", Address: "10.0.0.1", Port: 1000 + i%60000, Weight: 1}}})
+		l.Branches = append(l.Branches, connect.Branch{Match: connect.Match{SNI: name + ".default.dc1.internal.x.consul"}, Chain: connect.Direct(connect.GroupName(name))})
+	}
+	s.Listeners = []*connect.Listener{l}
+	return s
+}
+
+// A service more changes two lines of maps and one backend, whose number nobody else has.
+func TestRelayAddsLive(t *testing.T) {
+	full, less := relays(t, 101), relays(t, 100)
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(t, err)
+	a, _, err := r.Render(less, nil)
+	require.NoError(t, err)
+	b, _, err := r.Render(full, a)
+	require.NoError(t, err)
+	require.Equal(t, len(a.Sections), len(b.Sections), "there are backends to spare")
+	changed := 0
+	for i := range a.Sections {
+		require.Equal(t, a.Sections[i].Head, b.Sections[i].Head)
+		if a.Sections[i] != b.Sections[i] && len(a.Sections[i].Servers) != len(b.Sections[i].Servers) {
+			changed++
+		}
+	}
+	require.Equal(t, 1, changed)
+	require.Len(t, b.Maps[NamesMap].Entries, 101)
+	c, _, err := r.Render(less, b)
+	require.NoError(t, err)
+	d, _, err := r.Render(full, c)
+	require.NoError(t, err)
+	at := func(c *Config) int { return slices.Index(c.Relays.Targets, "svc00100") }
+	require.Negative(t, at(c))
+	require.NotEqual(t, at(b), at(d), "a backend that became free is not given away at once")
+}
+
+// A gateway of 10,000 names: one more, one less.
+func BenchmarkRelay10000(b *testing.B) {
+	full := relays(b, 10000)
+	less := *full
+	one := *full.Listeners[0]
+	one.Branches = one.Branches[:len(one.Branches)-1]
+	less.Listeners = []*connect.Listener{&one}
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(b, err)
+	prev, _, err := r.Render(full, nil)
+	require.NoError(b, err)
+	for i := 0; b.Loop(); i++ {
+		s := full
+		if i%2 == 0 {
+			s = &less
+		}
+		prev, _, err = r.Render(s, prev)
+		require.NoError(b, err)
+	}
 }
