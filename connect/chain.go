@@ -130,6 +130,7 @@ type Group struct {
 	Limits     Limits
 	Passive    *PassiveHealth // nil: none asked for
 	ForwardFor bool           // tell the client's address in X-Forwarded-For
+	Host       string         // replaces the host that was asked for; "": it stays
 	Affinity   string         // a cookie that keeps a client at its endpoint; "": none
 	SlowStart  time.Duration  // how long a new endpoint takes to get its whole share; 0: none
 	Queue      Queue

@@ -184,11 +184,21 @@ func (l *Listener) LeadsTo(g GroupName) (leads bool) {
 	return leads
 }
 
-// Protocol returns the protocol of the first branch, which most connections take.
-func (l *Listener) Protocol() Protocol { return l.Branches[0].Protocol }
+// Protocol returns the protocol of the first branch, which most connections take; tcp if there is none.
+func (l *Listener) Protocol() Protocol {
+	if len(l.Branches) == 0 { // a Relay of which no name leads anywhere yet
+		return TCP
+	}
+	return l.Branches[0].Protocol
+}
 
 // Guard of the first branch, or nil.
-func (l *Listener) Guard() *Guard { return l.Branches[0].Guard }
+func (l *Listener) Guard() *Guard {
+	if len(l.Branches) == 0 {
+		return nil
+	}
+	return l.Branches[0].Guard
+}
 
 // Policy is what decides who may come in; nil: the listener asks nobody.
 func (l *Listener) Policy() *intentions.Policy {

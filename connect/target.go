@@ -23,6 +23,14 @@ type Dial struct {
 	Bundle BundleName       // Mesh: whoever answers must be certified by it
 	Leaf   LeafName         // Mesh: who we are
 	SNI    string           // Mesh: the name that is asked for, where a gateway reads it; "": none is sent
+	Server *Server          // Outside: how the server is verified; nil: no TLS
+}
+
+// Server is how a server outside the mesh is verified, and who we are to it.
+type Server struct {
+	RootsPEM string
+	Name     string   // DNS name that is asked for and that its certificate must have; "": any that the roots certify
+	Leaf     LeafName // our own certificate; "": none
 }
 
 // How a target is reached. The zero value is Mesh.
@@ -30,10 +38,11 @@ type How int
 
 // The ways.
 const (
-	Mesh  How = iota // mutual TLS
-	App              // our own application, plain
-	Pass             // a connection of others, whose TLS is not ours to end
-	Inner            // the Exported listener of this proxy that is named as the service is
+	Mesh    How = iota // mutual TLS
+	App                // our own application, plain
+	Pass               // a connection of others, whose TLS is not ours to end
+	Outside            // a server outside the mesh
+	Inner              // the Exported listener of this proxy that is named as the service is
 )
 
 func (h How) String() string {
@@ -42,6 +51,8 @@ func (h How) String() string {
 		return "app"
 	case Pass:
 		return "pass"
+	case Outside:
+		return "outside"
 	case Inner:
 		return "inner"
 	}

@@ -102,6 +102,8 @@ type Policy struct {
 	wild     []int             // rules with a wildcard anywhere
 	fallback Decision          // the default
 
+	byService, byName map[string]*Policy // of several services; nil: of one
+
 	providers []*Provider // that the rules name
 	written   []Intention // the intention of each rule as it was given, for Same
 }

@@ -298,3 +298,26 @@ func TestPeers(t *testing.T) {
 	from, ok := p.Behind(of(td, "web"), &Request{Headers: []Header{{"x-forwarded-client-cert", uri}}})
 	require.True(t, ok && from == of(td, "web"), "nobody else speaks for a peer")
 }
+
+// A policy of several services is asked by server name; a name of nobody is denied.
+func TestSeveral(t *testing.T) {
+	one := NewPolicy(Config{Destination: "one", TrustDomain: td, DefaultAllow: true})
+	two := NewPolicy(Config{Destination: "two", TrustDomain: td})
+	names := map[string]string{"one.x": "one", "v1.one.x": "one", "two.x": "two", "gone.x": "gone"}
+	p := NewSeveral([]*Policy{one, two}, names)
+	require.True(t, p.Several())
+	require.False(t, one.Several())
+	require.Same(t, one, one.For("anything"))
+	require.Same(t, one, p.For("V1.One.X."))
+	require.Same(t, two, p.Of("two"))
+	for _, name := range []string{"", "gone.x", "three.x", "x"} {
+		require.False(t, p.For(name).Decide(id("web"), nil).Allow, name)
+	}
+	require.False(t, p.Decide(id("web"), nil).Allow, "without a name nobody is let in")
+	require.NotEqual(t, p.Digest(), NewSeveral([]*Policy{one}, names).Digest())
+	names["three.x"] = "two"
+	require.NotEqual(t, p.Digest(), NewSeveral([]*Policy{one, two}, names).Digest())
+	var none *Policy
+	require.False(t, none.Several())
+	require.Nil(t, none.Of("x"))
+}

@@ -271,7 +271,7 @@ func (s *sidecar) status() statusReport {
 		return out
 	}
 	out.Proxy, out.Service, out.Kind = snap.Proxy.ID, snap.Proxy.Service, snap.Proxy.Kind
-	if public := snap.Public(); public != nil {
+	if public := snap.Public(); public != nil && !public.Bind.Inner {
 		out.Listen, out.Protocol = public.Bind.String(), string(public.Protocol())
 	}
 	if leaf := snap.Leaf(); leaf != nil {

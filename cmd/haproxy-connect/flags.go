@@ -130,7 +130,7 @@ func newFlags(name string, c *config) *flag.FlagSet {
 // gatewayFlags are those of gateways, as Consul's Envoy command has them.
 func gatewayFlags(fs *flag.FlagSet, c *config) {
 	str := func(p *string, name, def, help string) { fs.StringVar(p, name, def, help) }
-	str(&c.which.Gateway, "gateway", "", "run a gateway of this `kind`: mesh, ingress or api")
+	str(&c.which.Gateway, "gateway", "", "run a gateway of this `kind`: mesh, ingress, api or terminating")
 	str(&c.registration.Address, "address", "", "with -gateway and -register: `address:port` for its own datacenter, or a template (default: a private address, port 8443)")
 	str(&c.registration.WAN, "wan-address", "", "with -gateway and -register: `address:port` for other datacenters and peers, or a template")
 	fs.Var((*stringsFlag)(&c.registration.Binds), "bind-address", "with -gateway and -register: `name=address:port` to listen on in place of -address; may be repeated")
@@ -326,10 +326,6 @@ func (c *config) gateway() error {
 		return nil
 	}
 	if _, known := consul.GatewayKinds[c.which.Gateway]; !known {
-		switch c.which.Gateway {
-		case "terminating":
-			return usagef("-gateway %q: not supported yet; want mesh, ingress or api", c.which.Gateway)
-		}
 		return usagef("-gateway %q: Gateway must be one of: api, terminating, mesh, or ingress", c.which.Gateway)
 	}
 	if c.which.SidecarFor != "" || c.which.SidecarForTag != "" {

@@ -70,11 +70,10 @@ func TestMesh(t *testing.T) {
 			defer cancel()
 			var snap *connect.Snapshot
 			w := consul.NewSource(client, "www-sidecar-proxy", slog.New(slog.DiscardHandler))
+			still := time.AfterFunc(time.Hour, cancel) // when the snapshot has not changed for a while: all was heard
 			require.NoError(t, w.Run(ctx, func(s *connect.Snapshot) {
-				if snap == nil {
-					snap = s
-					cancel()
-				}
+				snap = s
+				still.Reset(400 * time.Millisecond)
 			}))
 			require.NotNil(t, snap, "%+v", w.Feeds())
 			r, err := render.New(render.Options{Dir: "/run/x", AccessLog: render.LogText})

@@ -98,7 +98,7 @@ func relayTarget(snap *connect.Snapshot, group connect.GroupName, sni string, by
 
 // printRelays prints the table of a gateway for a terminal.
 func printRelays(w io.Writer, s *statusReport) {
-	if s.Kind != "mesh gateway" {
+	if len(s.Relays) == 0 && s.Kind != "mesh gateway" {
 		return
 	}
 	fmt.Fprintln(w, "\nNAME\tLEADS TO\tENDPOINT\tNODE\tCONNECTIONS")

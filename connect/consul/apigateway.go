@@ -266,11 +266,10 @@ func (k *apiGateway) certificates(st *state, refs []api.ResourceReference) (out 
 func (k *apiGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	k.decode(st)
 	e := k.begin(st, "API gateway")
-	if e == nil {
-		return nil, true
-	}
 	for _, w := range []watch{k.entry(), k.bound(), k.client.httpRoutes(), k.client.tcpRoutes()} {
-		e.slow = e.slow || st.turnOf(w.key) == 0
+		if e == nil || st.turnOf(w.key) == 0 {
+			return nil, true
+		}
 	}
 	k.unbound(st, &e.notices)
 	for _, l := range k.listeners(st) {

@@ -207,7 +207,7 @@ type Selector struct{ ProxyID, SidecarFor, SidecarForTag, Gateway string }
 
 // GatewayKinds are the kinds of gateways that this program can be, by their names on the
 // command line.
-var GatewayKinds = map[string]api.ServiceKind{"mesh": api.ServiceKindMeshGateway, "ingress": api.ServiceKindIngressGateway, "api": api.ServiceKindAPIGateway}
+var GatewayKinds = map[string]api.ServiceKind{"mesh": api.ServiceKindMeshGateway, "ingress": api.ServiceKindIngressGateway, "api": api.ServiceKindAPIGateway, "terminating": api.ServiceKindTerminatingGateway}
 
 // ErrNotRegistered: the agent answers, but has no such proxy yet.
 var ErrNotRegistered = errors.New("not registered yet")

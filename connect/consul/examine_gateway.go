@@ -37,6 +37,9 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 	}
 	roots, _ := ask("roots", c.roots()).(*certs.Roots)
 	switch s.Kind {
+	case api.ServiceKindTerminatingGateway:
+		c.examineTerminating(ctx, s, say, ask)
+		return listens
 	case api.ServiceKindIngressGateway:
 		c.examineIngress(ctx, s, say, ask)
 		return listens
@@ -101,6 +104,23 @@ func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sa
 		say("services", Warn, "none is bound to a listener", "do they exist, with the protocol of the listener?")
 	} else if ok {
 		say("services", OK, fmt.Sprintf("%d are bound to listeners", len(bound)), "")
+	}
+}
+
+// examineTerminating looks at what a terminating gateway is to serve.
+func (c *Client) examineTerminating(_ context.Context, s *api.AgentService, say sayer, ask func(what string, w watch) any) {
+	list, ok := ask("services", c.links(s.Service)).([]linked)
+	if ok && len(list) == 0 {
+		say("services", Warn, "none is linked to "+s.Service, "write a terminating-gateway entry of this name: nobody is served before")
+	}
+	for i := range list {
+		name := list[i].Service.Name
+		if leaf, ok := ask("service "+name, c.leaf(name)).(*certs.Leaf); ok {
+			say("service "+name, OK, "leaf of "+leaf.ID.String(), "")
+		}
+		if list[i].CAFile != "" {
+			ask("service "+name, rootsFile(list[i].CAFile))
+		}
 	}
 }
 

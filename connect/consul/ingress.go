@@ -241,10 +241,9 @@ func ingressHealth(w *api.IngressService, d *api.IngressServiceConfig) *connect.
 func (k *ingressGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	k.decode(st)
 	e := k.begin(st, "ingress gateway")
-	if e == nil {
+	if e == nil || st.turnOf(k.entry().key) == 0 || st.turnOf(k.client.gatewayServices(k.service.Service).key) == 0 {
 		return nil, true
 	}
-	e.slow = e.slow || st.turnOf(k.entry().key) == 0
 	for _, l := range k.listeners(st) {
 		k.listen(st, e, l)
 	}

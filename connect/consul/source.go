@@ -28,10 +28,11 @@ type kind interface {
 
 // kinds are the kinds of proxy that this program can be.
 var kinds = map[api.ServiceKind]func(c *Client, registration string) kind{
-	api.ServiceKindConnectProxy:   newSidecar,
-	api.ServiceKindMeshGateway:    newMeshGateway,
-	api.ServiceKindIngressGateway: newIngressGateway,
-	api.ServiceKindAPIGateway:     newAPIGateway,
+	api.ServiceKindConnectProxy:       newSidecar,
+	api.ServiceKindMeshGateway:        newMeshGateway,
+	api.ServiceKindIngressGateway:     newIngressGateway,
+	api.ServiceKindAPIGateway:         newAPIGateway,
+	api.ServiceKindTerminatingGateway: newTerminatingGateway,
 }
 
 // Source follows one proxy. Make it with NewSource.

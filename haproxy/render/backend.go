@@ -17,18 +17,21 @@ import (
 
 // pool is the backend of one target of a group.
 type pool struct {
-	group    *connect.Group
-	target   *connect.Target
-	variant  variant
-	at       struct{ group, target int } // where they stood in the snapshot
-	head     *Section                    // without its servers
-	class    *Class                      // of their slots; nil: they need none
-	values   []string                    // of the endpoints' slots
-	counted  *ledger                     // that counts the values
-	slots    []int                       // as assigned when full was made
-	full     *Section                    // with its servers
-	verified string                      // Config.Verified when full was made
-	last     *front                      // that leads here; nil: none does
+	group         *connect.Group
+	target        *connect.Target
+	variant       variant
+	at            struct{ group, target int } // where they stood in the snapshot
+	head          *Section                    // without its servers
+	class         *Class                      // of their slots; nil: they need none
+	values        []string                    // of the endpoints' slots
+	serverOptions string                      // of servers outside the mesh
+	files         map[string]string           // that these read
+	leaf          connect.LeafName            // that these are shown; "": none
+	counted       *ledger                     // that counts the values
+	slots         []int                       // as assigned when full was made
+	full          *Section                    // with its servers
+	verified      string                      // Config.Verified when full was made
+	last          *front                      // that leads here; nil: none does
 }
 
 // follow reports whether a snapshot has the same group and target.
@@ -66,9 +69,13 @@ func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 	p.at.target = slices.Index(f.snap.Targets, t)
 	b := section(Backend, name)
 	comment := "the application"
-	if t.Dial.How == connect.App {
+	switch t.Dial.How {
+	case connect.App:
 		f.app(b, g, t)
-	} else {
+	case connect.Outside:
+		comment = fmt.Sprintf("target %s: %s, outside the mesh", t.Name, g.Protocol)
+		f.outside(b, p)
+	default:
 		comment = fmt.Sprintf("target %s: %s, its endpoints", t.Name, g.Protocol)
 		if err := f.mesh(b, p); err != nil {
 			return nil, err
@@ -86,7 +93,7 @@ func (f *file) pool(w *way, place int, fresh map[string]*pool) (*pool, error) {
 		return nil, err
 	}
 	sec.Role, sec.Group, sec.Origin = connect.Public, g.Name, g.Origin
-	if t.Dial.How == connect.Mesh {
+	if t.Dial.How == connect.Mesh || t.Dial.How == connect.Outside {
 		sec.Role, sec.Target, sec.Passive = connect.Local, t.Name, g.Passive
 	}
 	if p.class != nil {
@@ -445,7 +452,9 @@ func (f *file) servers(p *pool, ids []int) *Section {
 	for i := range t.Endpoints {
 		e := &t.Endpoints[i]
 		s := Server{Name: e.Name, Weight: min(max(e.Weight, 1), 256), MaxConn: queued(g, maxConn(g, t))}
-		if p.class != nil {
+		if t.Dial.How == connect.Outside {
+			s.Address, s.Options = net.JoinHostPort(e.Address, strconv.Itoa(e.Port)), p.serverOptions
+		} else if p.class != nil {
 			s.Slot = Slot{Class: sec.class, ID: ids[i]}
 			s.Address = "unix@" + f.path(SlotSocket(s.Slot))
 			if g.Protocol.IsHTTP2() {

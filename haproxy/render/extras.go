@@ -106,3 +106,55 @@ func (c *Config) Snippets() (out []connect.SnippetName) {
 	slices.Sort(out)
 	return out
 }
+
+// outside is a target that is no part of the mesh: without TLS, or with what its entry demands.
+func (f *file) outside(b *builder, p *pool) {
+	g, t := p.group, p.target
+	http := g.Protocol.IsHTTP()
+	b.mode(http)
+	b.add("timeout connect %s", ms(g.Connect)).add("timeout server %s", ms(g.Idle))
+	if http {
+		b.add("http-reuse safe")
+		b.add("http-request del-header X-Forwarded-Client-Cert")
+		if g.Host != "" {
+			b.add("http-request set-header Host %s", b.check("host", g.Host))
+		}
+		if g.Protocol.IsHTTP2() {
+			p.serverOptions += " proto h2"
+		}
+	} else {
+		b.add("timeout tunnel %s", ms(g.Idle))
+	}
+	balance(b, &g.Balance)
+	for i := range t.Endpoints {
+		b.check("endpoint", t.Endpoints[i].Name)
+	}
+	s := t.Dial.Server
+	if s == nil {
+		return
+	}
+	roots := "tls/outside-" + digest(s.RootsPEM) + ".pem"
+	p.files = map[string]string{roots: s.RootsPEM}
+	p.serverOptions += " ssl verify required ca-file " + f.path(roots)
+	if s.Name != "" {
+		name := b.check("server name", s.Name)
+		p.serverOptions += " sni str(" + name + ") verifyhost " + name
+	}
+	if s.Leaf != "" {
+		if f.snap.Leaves[s.Leaf] == nil {
+			b.fail(fmt.Errorf("there is no certificate %.80q", s.Leaf))
+		}
+		p.leaf = s.Leaf
+		p.serverOptions += " crt " + f.path(LeafFile(s.Leaf))
+	}
+}
+
+// read adds the files that the servers of a pool outside the mesh are verified by.
+func (f *file) read(p *pool) {
+	for name, text := range p.files {
+		f.Files[name] = text
+	}
+	if leaf := f.snap.Leaves[p.leaf]; p.leaf != "" && leaf != nil {
+		f.Leaves[LeafFile(p.leaf)] = leaf
+	}
+}

@@ -116,7 +116,7 @@ func (f *file) public(made *front, to [][]way) *builder {
 	default:
 		at = bind(b, l.Bind)
 	}
-	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", at, f.path(LeafList), f.path(BundleFile(l.Guard().Callers)), alpn)
+	b.add("bind %s ssl crt-list %s ca-file %s verify required%s", at, f.path(f.listOf(b, l)), f.path(BundleFile(l.Guard().Callers)), alpn)
 	b.add("timeout client %s", ms(l.Idle))
 	if f.HelloTimeout { // or whoever connects and says nothing would stay for the time above
 		b.add("timeout client-hs 10s")
@@ -313,6 +313,23 @@ func says(b *builder, who, bad, unavailable, late string) {
 	}{{502, bad}, {503, unavailable}, {504, late}} {
 		b.add(`http-error status %d content-type text/plain string "haproxy-connect (%s): %s"`, e.status, who, e.text)
 	}
+}
+
+// listOf is the file that says which leaf a listener shows. A gateway that stands for several services
+// has one for each.
+func (f *file) listOf(b *builder, l *connect.Listener) string {
+	name := l.Guard().Leaf
+	if name == connect.OwnLeaf {
+		return LeafList
+	}
+	if leaf := f.snap.Leaves[name]; leaf != nil {
+		f.Leaves[LeafFile(name)] = leaf
+	} else {
+		b.fail(fmt.Errorf("there is no leaf %.80q", name))
+	}
+	list := "tls/" + connect.SafeName(l.Name) + ".list"
+	f.Files[list] = f.path(LeafFile(name)) + " dummy.invalid\n"
+	return list
 }
 
 // leafList says which leaf is shown, and by which roots a caller is verified: by our own, but for

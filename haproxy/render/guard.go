@@ -15,7 +15,7 @@ import (
 // in Consul, not with grpc.
 func forwardsCert(l *connect.Listener) bool {
 	if l.Role == connect.Exported { // the service learns from it who calls
-		return l.Protocol().IsHTTP()
+		return l.Protocol().IsHTTP() && !l.Guard().SanitizeXFCC
 	}
 	return l.Protocol().IsHTTP() && l.Protocol() != connect.GRPC && !l.Guard().SanitizeXFCC
 }
@@ -25,6 +25,10 @@ func (o *Options) spoe(l *connect.Listener) string {
 	chain := ""
 	if forwardsCert(l) {
 		chain = " " + spoe.ArgChain + "=var(txn.chain)"
+	}
+	name := ""
+	if l.Policy().Several() { // which service it is about
+		name = " " + spoe.ArgServerName + "=ssl_fc_sni"
 	}
 	return `# What HAProxy asks the authorization agent.
 [hc]
@@ -42,7 +46,7 @@ spoe-message ` + spoe.MessageConnection + `
 		spoe.ArgServerName + `=ssl_fc_sni` + chain + `
 
 spoe-message ` + spoe.MessageRequest + `
-    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgQuery + `=query ` + spoe.ArgHeaders + `=req.hdrs_bin
+    args ` + spoe.ArgCert + `=ssl_c_der ` + spoe.ArgMethod + `=method ` + spoe.ArgPath + `=path ` + spoe.ArgQuery + `=query ` + spoe.ArgHeaders + `=req.hdrs_bin` + name + `
 
 spoe-group ` + spoe.MessageConnection + `
     messages ` + spoe.MessageConnection + `
@@ -238,7 +242,10 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 	for _, p := range g.Policy.Providers() {
 		b.token(p)
 	}
-	own := b.check("own identity", f.snap.Leaf().ID.String())
+	own := "nobody"
+	if leaf := f.snap.Leaves[g.Leaf]; leaf != nil {
+		own = b.check("own identity", leaf.ID.String())
+	}
 	const header = "X-Forwarded-Client-Cert"
 	if forwardsCert(l) {
 		// What an earlier hop said is kept before what is known here. No proxy of the mesh

@@ -289,7 +289,10 @@ func (f *file) same(one *front) bool {
 
 // front renders one listener and what it leads to.
 func (f *file) front(l *connect.Listener, fresh map[string]*pool) (*front, error) {
-	made := &front{listener: l, chain: &l.Branches[0].Chain}
+	made := &front{listener: l}
+	if len(l.Branches) > 0 {
+		made.chain = &l.Branches[0].Chain
+	}
 	if l.Role == connect.Edge && l.Protocol().IsHTTP() {
 		made.chain = f.sound(l)
 	}
@@ -337,6 +340,7 @@ func (f *file) gather(open []*front) {
 		for _, p := range one.pools {
 			if p.last == nil {
 				f.next.pools = append(f.next.pools, p)
+				f.read(p)
 			}
 			p.last = one
 		}

@@ -167,3 +167,15 @@ func BenchmarkRelay10000(b *testing.B) {
 		require.NoError(b, err)
 	}
 }
+
+// A gateway of which no name leads anywhere listens.
+func TestAnEmptyRelay(t *testing.T) {
+	s := relays(t, 0)
+	r, err := New(Options{Dir: "/run/x"})
+	require.NoError(t, err)
+	c, _, err := r.Render(s, nil)
+	require.NoError(t, err)
+	require.NotNil(t, c.Find(Frontend, "relay_default"))
+	require.Equal(t, connect.TCP, s.Listeners[0].Protocol())
+	require.Nil(t, s.Listeners[0].Policy())
+}

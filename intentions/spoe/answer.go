@@ -18,8 +18,9 @@ type answer struct {
 	actions []byte
 	id      certs.SPIFFEID
 	source  string
-	valid   bool // the certificate has an identity
-	allowed bool // or judged per request: the caller may be forwarded
+	policy  *intentions.Policy // that judged
+	valid   bool               // the certificate has an identity
+	allowed bool               // or judged per request: the caller may be forwarded
 	counter Counter
 	byRule  map[counted]Counter // counters of its other verdicts: on requests and server names
 }
@@ -150,12 +151,12 @@ func (v value) address() netip.Addr {
 // perConnection judges a connection: by the caller's certificate, and by the name that
 // it asked for.
 func (c *conn) perConnection(out []byte, m *message) []byte {
-	ans := c.answer(m.cert)
+	ans := c.answer(m.cert, m.serverName)
 	if ans.valid && m.src.IsValid() {
-		c.agent.remember(netip.AddrPortFrom(m.src, m.port), netip.AddrPortFrom(m.dst, m.dstPort), ans.id, ans.allowed)
+		c.agent.remember(netip.AddrPortFrom(m.src, m.port), netip.AddrPortFrom(m.dst, m.dstPort), who{ans.id, ans.policy.Destination()}, ans.allowed)
 	}
 	if ans.allowed {
-		if d, ok := c.epoch.policy.Accepts(alias(m.serverName), ans.id); !ok {
+		if d, ok := ans.policy.Accepts(alias(m.serverName), ans.id); !ok {
 			ans.count(c.agent, ans.source, d)
 			d.Reason += ": " + printable(string(m.serverName))
 			c.agent.report(c.epoch, ans.source, d)
@@ -189,23 +190,30 @@ func (c *conn) digest(der, chain []byte) [sha256.Size]byte {
 	return c.key
 }
 
-// answer finds or makes the answer for a certificate.
-func (c *conn) answer(der []byte) *answer {
-	key := c.digest(der, nil)
+// answer finds or makes the answer for a certificate and, where the policy is of several services, for
+// the server name that the caller sent.
+func (c *conn) answer(der, serverName []byte) *answer {
+	policy := c.epoch.policy
+	if policy.Several() {
+		policy = policy.For(alias(serverName))
+	} else {
+		serverName = nil
+	}
+	key := c.digest(der, serverName)
 	if ans, ok := c.answers[key]; ok {
 		return ans
 	}
 	if len(c.answers) >= maxAnswers {
 		clear(c.answers)
 	}
-	ans := &answer{}
+	ans := &answer{policy: policy}
 	var d intentions.Decision
 	_, id, err := identity(der)
 	if err != nil {
 		d = intentions.Decision{Rule: "identity", Reason: err.Error()}
 	} else {
 		ans.id, ans.valid, ans.source = id, true, id.String()
-		d = c.epoch.policy.Decide(id, nil)
+		d = policy.Decide(id, nil)
 	}
 	verdict := Deny
 	switch {
@@ -227,7 +235,7 @@ func (c *conn) answer(der []byte) *answer {
 const maxPayloads = 12 << 10
 
 func (c *conn) perRequest(out []byte, m *message) []byte {
-	ans := c.answer(m.cert)
+	ans := c.answer(m.cert, m.serverName)
 	d := intentions.Decision{Rule: "identity", Reason: "the certificate has no service identity"}
 	from := len(out)
 	caller, source := ans.id, ans.source
@@ -236,9 +244,9 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 		c.request.Method, c.request.Path, c.request.Query = alias(m.method), alias(m.path), alias(m.query)
 		if parseHeaders(m.headers, &c.request) {
 			var known bool
-			if caller, known = c.epoch.policy.Behind(ans.id, &c.request); !known {
+			if caller, known = ans.policy.Behind(ans.id, &c.request); !known {
 				d = intentions.Decision{Rule: "identity", Reason: "our mesh gateway does not name a peer's service in X-Forwarded-Client-Cert"}
-			} else if d = c.epoch.policy.Decide(caller, &c.request); d.Allow {
+			} else if d = ans.policy.Decide(caller, &c.request); d.Allow {
 				out = c.payloads(out)
 			}
 			if caller != ans.id {
@@ -258,7 +266,7 @@ func (c *conn) perRequest(out []byte, m *message) []byte {
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Allow)
 	} else {
 		if ans.valid && d.Rule != "headers" && d.Rule != "tokens" && d.Rule != "identity" {
-			d.Reason = c.epoch.policy.Explain(caller, &c.request)
+			d.Reason = ans.policy.Explain(caller, &c.request)
 		}
 		c.agent.report(c.epoch, source, d)
 		out = appendSetVar(out, scopeTransaction, VarRequestVerdict, Deny)

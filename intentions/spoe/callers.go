@@ -21,11 +21,17 @@ type callers struct {
 	by, old map[netip.AddrPort][]known // old: what by was when it was full
 }
 
+// who is a caller, and the service that it called, by which a policy of several is asked.
+type who struct {
+	id      certs.SPIFFEID
+	service string
+}
+
 // known is the caller of one connection. The caller's address and port alone do not identify
 // a connection: the caller may use them toward two of our addresses.
 type known struct {
-	to    netip.AddrPort // our end
-	id    certs.SPIFFEID
+	to netip.AddrPort // our end
+	who
 	since time.Time
 	let   bool // true if it was let in at least once; if not, it has nothing open but its refusal
 }
@@ -41,14 +47,14 @@ func (a *Agent) callersOf(from netip.AddrPort) *callers { return &a.callers[from
 
 // remember records who connected from one address to another, and whether that caller was let
 // in. It replaces the caller that was recorded for the two addresses before.
-func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID, let bool) {
+func (a *Agent) remember(from, to netip.AddrPort, caller who, let bool) {
 	c := a.callersOf(from)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	list := c.get(from)
 	at := slices.IndexFunc(list, func(k known) bool { return k.to == to })
 	_, current := c.by[from]
-	same := at >= 0 && list[at].id == id
+	same := at >= 0 && list[at].who == caller
 	if same && current && (list[at].let || !let) {
 		return
 	}
@@ -62,7 +68,7 @@ func (a *Agent) remember(from, to netip.AddrPort, id certs.SPIFFEID, let bool) {
 	if same {
 		since, let = list[at].since, let || list[at].let
 	}
-	next = append([]known{{to, id, since, let}}, next...) // the newest is the last to be dropped
+	next = append([]known{{to, caller, since, let}}, next...) // the newest is the last to be dropped
 	if c.by == nil || len(c.by) >= maxCallers {
 		c.by, c.old = map[netip.AddrPort][]known{}, c.by
 	}
@@ -97,14 +103,15 @@ func (a *Agent) Judge(from netip.AddrPort, waits bool, before *intentions.Policy
 		return Unknown
 	}
 	policy, out := a.Policy(), Stays
-	for _, who := range list {
-		if !who.let {
+	for _, one := range list {
+		if !one.let {
 			continue
 		}
-		switch d := policy.Decide(who.id, nil); {
+		own := policy.Of(one.service)
+		switch d := own.Decide(one.id, nil); {
 		case !d.Allow && !d.PerRequest:
 			return Ends
-		case d.PerRequest && !policy.Same(before, who.id):
+		case d.PerRequest && !own.Same(before.Of(one.service), one.id):
 			out = EndsTunnels
 		}
 	}

@@ -257,10 +257,10 @@ func TestDeniedSessions(t *testing.T) {
 	require.Equal(t, Stays, a.Judge(other, true, nil), "a session that waits is asked about now")
 	// Who was never let in has nothing to end but its refusal, which it should hear.
 	evil := netip.MustParseAddrPort("10.1.2.3:40002")
-	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, false)
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].who, false)
 	require.Equal(t, Stays, a.Judge(evil, false, nil))
-	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, true)
-	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].id, false)
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].who, true)
+	a.remember(evil, netip.AddrPort{}, a.caller(from)[0].who, false)
 	require.Equal(t, Ends, a.Judge(evil, false, nil), "it was let in once")
 	a.Forget(nil)
 }
@@ -277,17 +277,17 @@ func TestTwoIdentitiesAtOneAddress(t *testing.T) {
 		require.NoError(t, err)
 		return id
 	}
-	a.remember(from, one, service("web"), true)
-	a.remember(from, two, service("db"), true)
+	a.remember(from, one, who{service("web"), ""}, true)
+	a.remember(from, two, who{service("db"), ""}, true)
 	require.Equal(t, Stays, a.Judge(from, false, nil))
 	use(a, policy("db"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "web was there first")
 	use(a, policy("web"))
 	require.Equal(t, Ends, a.Judge(from, false, nil), "db came last")
-	a.remember(from, two, service("web"), true)
+	a.remember(from, two, who{service("web"), ""}, true)
 	require.Equal(t, Stays, a.Judge(from, false, nil), "db has gone: its address is web's now")
 	for i := range 3 * maxAtOnce {
-		a.remember(from, netip.AddrPortFrom(one.Addr(), uint16(i+1)), service("web"), true)
+		a.remember(from, netip.AddrPortFrom(one.Addr(), uint16(i+1)), who{service("web"), ""}, true)
 	}
 	require.Len(t, a.caller(from), maxAtOnce)
 }
@@ -301,7 +301,7 @@ func TestTunnelsEndWithTheirRule(t *testing.T) {
 	from := netip.MustParseAddrPort("10.1.2.3:40000")
 	_, l7, err := identity(caller(t, "l7"))
 	require.NoError(t, err)
-	a.remember(from, netip.AddrPort{}, l7, true)
+	a.remember(from, netip.AddrPort{}, who{l7, ""}, true)
 	require.Equal(t, Stays, a.Judge(from, false, before))
 	require.Equal(t, EndsTunnels, a.Judge(from, false, nil), "nothing is known of the policy before")
 	use(a, policy("db"))

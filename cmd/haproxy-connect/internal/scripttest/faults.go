@@ -20,7 +20,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,8 +31,8 @@ type between struct {
 	addr string
 	mu   sync.Mutex
 	mode string
-	cut  chan struct{} // closed when the mode changes, to end the requests that wait
-	seen atomic.Int64
+	cut  chan struct{}  // closed when the mode changes, to end the requests that wait
+	seen map[string]int // requests in this mode, by path
 }
 
 // cmdBetween runs "between": it starts the proxy; $BETWEEN is its address.
@@ -41,7 +40,7 @@ func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
 	w.env.Defer(func() { ln.Close() })
-	b := &between{addr: ln.Addr().String(), cut: make(chan struct{})}
+	b := &between{addr: ln.Addr().String(), cut: make(chan struct{}), seen: map[string]int{}}
 	w.between = b
 	ts.Setenv("BETWEEN", b.addr)
 	target := w.httpAt
@@ -69,7 +68,7 @@ func (w *world) cmdBetween(ts *testscript.TestScript, _ bool, _ []string) {
 			http.Error(rw, "as told", status)
 			return
 		}
-		if mode == "half" && b.seen.Add(1)%2 == 0 {
+		if mode == "half" && b.count(r.URL.Path)%2 == 0 {
 			http.Error(rw, "half of them", http.StatusInternalServerError)
 			return
 		}
@@ -97,7 +96,7 @@ func (b *between) now() (string, chan struct{}) {
 }
 
 // cmdFault runs "fault none|STATUS|half|slow|oldroot|skew": every request gets this status,
-// every second one fails, each takes 0.3 s longer, inactive roots are left out of the list, or
+// every second one for a path fails, each takes 0.3 s longer, inactive roots are left out of the list, or
 // the agent's clock is an hour ahead. Requests that wait are ended.
 func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
 	b := w.between
@@ -106,6 +105,15 @@ func (w *world) cmdFault(_ *testscript.TestScript, _ bool, args []string) {
 	b.mode = args[0]
 	close(b.cut)
 	b.cut = make(chan struct{})
+	b.seen = map[string]int{}
+}
+
+// count counts the requests for a path since the mode changed: the second fails, whatever else is asked.
+func (b *between) count(path string) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.seen[path]++
+	return b.seen[path]
 }
 
 // onlyActive leaves inactive roots out of an answer.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"regexp"
 	"strconv"
 	"strings"
@@ -108,4 +109,19 @@ func (w *world) cmdEdgeGet(ts *testscript.TestScript, _ bool, args []string) {
 	if err != nil {
 		ts.Fatalf("edge-get %v: %s: %v\n%s", args, got, err, w.allLogs())
 	}
+}
+
+// cmdTLSApp runs "tls-app NAME CERT KEY": it starts an application that speaks TLS with a certificate that
+// is no leaf of the mesh, at $NAME_PORT.
+func (w *world) cmdTLSApp(ts *testscript.TestScript, _ bool, args []string) {
+	pair, err := tls.LoadX509KeyPair(args[1], args[2])
+	ts.Check(err)
+	ln, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{pair}})
+	ts.Check(err)
+	w.env.Defer(func() { ln.Close() })
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	ts.Setenv(envName(args[0])+"_PORT", port)
+	go func() {
+		_ = http.Serve(ln, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) { fmt.Fprintf(rw, "%s by TLS for %s", args[0], r.Host) }))
+	}()
 }

@@ -233,7 +233,7 @@ func inWorld(f func(w *world, ts *testscript.TestScript, neg bool, args []string
 }
 
 var worldCommands = map[string]func(*testscript.TestScript, bool, []string){
-	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter), "server-tls": inWorld((*world).cmdServerTLS), "edge-get": inWorld((*world).cmdEdgeGet), "hello": inWorld((*world).cmdHello), "cluster": inWorld((*world).cmdCluster), "peering": inWorld((*world).cmdPeering),
+	"config-delete": inWorld((*world).cmdConfigDelete), "shares": inWorld((*world).cmdShares), "stays": inWorld((*world).cmdStays), "agree": inWorld((*world).cmdAgree), "truncated": inWorld((*world).cmdTruncated), "datacenter": inWorld((*world).cmdDatacenter), "server-tls": inWorld((*world).cmdServerTLS), "edge-get": inWorld((*world).cmdEdgeGet), "tls-app": inWorld((*world).cmdTLSApp), "hello": inWorld((*world).cmdHello), "cluster": inWorld((*world).cmdCluster), "peering": inWorld((*world).cmdPeering),
 	"between": inWorld((*world).cmdBetween), "fault": inWorld((*world).cmdFault), "said": inWorld((*world).cmdSaid),
 	"servers": inWorld((*world).cmdServers), "consul-client": inWorld((*world).cmdConsulClient), "forget": inWorld((*world).cmdForget), "cut": inWorld((*world).cmdCut), "status": inWorld((*world).cmdStatusSays),
 	"token": inWorld((*world).cmdToken), "token-revoke": inWorld((*world).cmdTokenRevoke), "token-restore": inWorld((*world).cmdTokenRestore),
