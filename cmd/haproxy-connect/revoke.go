@@ -58,6 +58,20 @@ const judgedFile = "judged"
 // status claims that everything was judged by it.
 func (r *revocations) Due() { r.pending.Store(true) }
 
+// Outdated marks a pass as pending, as Due does, because of another policy. What a successor would read
+// is removed first: sessions that the new policy lets in were not judged by the one before, which may
+// come back while nobody is there to judge them.
+func (r *revocations) Outdated(by *intentions.Policy) {
+	r.Due()
+	file := filepath.Join(r.dir, judgedFile)
+	if b, err := os.ReadFile(file); err == nil && string(b) == by.Digest() {
+		return // a predecessor has judged by this very policy
+	}
+	if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+		r.log.Warn("a successor may keep sessions that it should end", "error", err, "try", "is the run directory writable? (-run-dir)")
+	}
+}
+
 // Wake asks for a pass.
 func (r *revocations) Wake() {
 	r.Due()

@@ -357,7 +357,7 @@ func (s *running) publish(snap *connect.Snapshot) {
 	s.heard.Store(time.Now().UnixNano())
 	if policy := snap.Public().Policy(); policy != nil && (old == nil || old.Public().Policy() != policy) {
 		s.tokens.Use(policy.Providers())
-		s.revoke.Due()
+		s.revoke.Outdated(policy)
 		s.agent.SetPolicy(policy, snap.Generation(version()))
 		s.revoke.Wake()
 	}

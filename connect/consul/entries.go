@@ -88,7 +88,7 @@ func (s *tlsSettings) decode(key string, n *connect.Notices) (out connect.TLS) {
 // mesh returns the watch for the mesh entry; its answers are meshEntry. It asks for the list
 // of entries: a query for the single entry loses the index while there is no entry.
 func (c *Client) mesh() watch {
-	return watch{key: "mesh", name: "mesh", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
+	return watch{key: "mesh", name: "mesh", fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		var list []meshEntry
 		meta, err := c.api.Raw().Query("/v1/config/mesh", &list, cur.options(ctx))
 		if err != nil {

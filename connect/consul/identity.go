@@ -9,7 +9,7 @@ import (
 
 // roots returns the watch for the roots of our own trust domain; its answers are *certs.Roots.
 func (c *Client) roots() watch {
-	return watch{key: "roots", name: "roots", shapes: never,
+	return watch{key: "roots", name: "roots", // it shapes: a gateway needs a leaf for each set of roots
 		same: sameRoots,
 		fetch: func(ctx context.Context, cur *cursor) (any, error) {
 			list, meta, err := c.api.Agent().ConnectCARoots(cur.options(ctx))
