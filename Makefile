@@ -64,7 +64,7 @@ fuzz: ## the fuzz targets (FUZZTIME=10m)
 	go test ./haproxy/runtimeapi -run '^$$' -fuzz FuzzShow $(call fuzz,300000x)
 	go test ./haproxy/render -run '^$$' -fuzz FuzzAccessFormat $(call fuzz,350000x)
 	go test ./connect/consul -run '^$$' -fuzz FuzzRegistration $(call fuzz,400000x)
-	go test ./connect/consul -run '^$$' -fuzz FuzzBytes $(call fuzz,200000x)
+	go test ./connect/consul -run '^$$' -fuzz FuzzBytes $(call fuzz,60000x)
 
 # bench prints figures and judges none. Its last line drives real Consul and HAProxy, and with
 # UPDATE=-update writes the tables and plots of testdata/measure.
