@@ -2,6 +2,7 @@ package scripttest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -251,6 +252,18 @@ func (w *world) anotherServer(ts *testscript.TestScript, name, at, conf string, 
 		_, err := w.call(http.MethodGet, "/v1/acl/token/self", nil)
 		if err == nil {
 			_, err = w.call(http.MethodGet, "/v1/agent/connect/ca/leaf/any", nil)
+		}
+		if err == nil { // an agent that has not told its servers anything yet may tell them nothing for a while
+			_, err = w.call(http.MethodPut, "/v1/agent/service/register", []byte(`{"Name":"probe"}`))
+		}
+		if err == nil {
+			var b []byte
+			if b, err = w.call(http.MethodGet, "/v1/catalog/service/probe", nil); err == nil && !strings.Contains(string(b), "probe") {
+				err = errors.New("the agent has told its servers nothing yet")
+			}
+		}
+		if err == nil {
+			_, err = w.call(http.MethodPut, "/v1/agent/service/deregister/probe", nil)
 		}
 		return err
 	}); err != nil {
