@@ -16,7 +16,7 @@ const (
 	Public   Role = iota + 1 // mutual TLS and intentions: callers of the mesh
 	Open                     // plain on purpose: no TLS, no intentions
 	Relay                    // the mesh, whose connections are passed on by the name that they ask for
-	Exported                 // mutual TLS: services of peers, which a Relay passes on to here
+	Exported                 // mutual TLS: who calls a service that a gateway stands for; a Relay passes them on to here
 	Edge                     // clients outside the mesh, which a gateway lets in
 	Local                    // the application, which calls an upstream
 )
@@ -120,7 +120,7 @@ type Guard struct {
 	Leaf         LeafName
 	Callers      BundleName
 	Peers        []PeerCallers // sorted by Peer
-	Outside      bool          // callers are of peers: what they say of who called them counts for nothing
+	Foreign      bool          // callers are of peers: what they say of who called them counts for nothing
 	Policy       *intentions.Policy
 	Normalize    Normalize
 	SanitizeXFCC bool   // remove X-Forwarded-Client-Cert instead of setting it

@@ -83,8 +83,8 @@ func (s *snippets) why(name connect.SnippetName, text string) error {
 }
 
 // atFault finds what HAProxy refused, and takes it out: the snippet in whose section it names a
-// line; else what it has never taken; else the upstreams whose lines it names; else every snippet
-// that it has not taken yet. found is false if nothing is at fault.
+// line; else what it has never taken; else the upstreams whose lines it names; else, where it refuses the
+// configuration itself, every snippet that it has not taken yet. found is false if nothing is at fault.
 func (m *Manager) atFault(snap *connect.Snapshot, want *render.Config, err error) (found bool) {
 	var se *stageError
 	if !errors.As(err, &se) || se.stage != "check" && se.stage != "reload" {
@@ -101,7 +101,7 @@ func (m *Manager) atFault(snap *connect.Snapshot, want *render.Config, err error
 	return m.suspect(se.err, func(name connect.SnippetName, _ string) bool { return named[name] }) ||
 		m.suspect(se.err, func(name connect.SnippetName, text string) bool { return s.good[name] != text }) ||
 		m.exclude(snap, want, err) ||
-		m.suspect(se.err, func(connect.SnippetName, string) bool { return true })
+		se.stage == "check" && m.suspect(se.err, func(connect.SnippetName, string) bool { return true })
 }
 
 // suspect refuses those snippets which the running HAProxy has not taken.

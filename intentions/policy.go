@@ -97,6 +97,7 @@ type Policy struct {
 	conf     Config
 	valid    bool
 	digest   string
+	external string            // what names end in by which peers ask
 	rules    []rule            // by falling precedence
 	exact    map[sourceKey]int // first rule that names the source exactly
 	wild     []int             // rules with a wildcard anywhere
@@ -133,7 +134,7 @@ type Decision struct {
 // NewPolicy compiles a Config. An intention with a permission that cannot be compiled
 // denies, and its reason says why; the other intentions work as usual.
 func NewPolicy(c Config) *Policy {
-	p := &Policy{conf: c, valid: true, digest: digest(c), exact: map[sourceKey]int{}}
+	p := &Policy{conf: c, valid: true, digest: digest(c), external: ".external." + strings.ToLower(c.TrustDomain), exact: map[sourceKey]int{}}
 	verb := "denies"
 	if c.DefaultAllow {
 		verb = "allows"
@@ -320,9 +321,12 @@ func (p *Policy) Accepts(serverName string, from certs.SPIFFEID) (Decision, bool
 // peerOf is the peer that asks by a name, <service>.default.default.<peer>.external.<our trust
 // domain>; "" if no peer does. The service need not be ours: chains redirect.
 func (p *Policy) peerOf(name string) string {
-	rest, external := strings.CutSuffix(name, ".external."+strings.ToLower(p.conf.TrustDomain))
+	rest, external := strings.CutSuffix(name, p.external)
+	if !external {
+		return ""
+	}
 	part := strings.Split(rest, ".")
-	if !external || len(part) != 4 || part[1] != "default" || part[2] != "default" {
+	if len(part) != 4 || part[1] != "default" || part[2] != "default" {
 		return ""
 	}
 	return part[3]

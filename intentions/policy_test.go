@@ -275,6 +275,8 @@ func TestPeers(t *testing.T) {
 		_, got := p.Accepts(c.sni, c.from)
 		require.Equal(t, c.want, got, "%s %s", c.sni, c.from)
 	}
+	require.Zero(t, testing.AllocsPerRun(100, func() { p.Accepts("", of(td, "web")) }))
+	require.Zero(t, testing.AllocsPerRun(100, func() { p.Accepts(id("s2").SNI(""), of(td, "web")) })-testing.AllocsPerRun(100, func() { _ = id("s2").SNI("") }))
 	require.True(t, p.Decide(gateway, nil).PerRequest)
 	require.False(t, p.Decide(certs.MeshGateway(td, "dc2"), nil).PerRequest, "of another datacenter")
 	require.False(t, p.Decide(certs.MeshGateway(a, "dc1"), nil).PerRequest, "a peer's")

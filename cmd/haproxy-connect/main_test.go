@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 
 	"github.com/haproxy-connect/haproxy-connect/cmd/haproxy-connect/internal/scripttest"
+	"github.com/haproxy-connect/haproxy-connect/intentions"
 	"github.com/stretchr/testify/require"
 )
 
@@ -34,4 +36,18 @@ func TestUnit(t *testing.T) {
 		out, err := exec.Command("systemd-analyze", args...).CombinedOutput()
 		require.NoError(t, err, "systemd-analyze %v: %s", args, out)
 	}
+}
+
+// What says by which policy all was judged is gone before another policy is in force.
+func TestOutdated(t *testing.T) {
+	r := &revocations{dir: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	file := filepath.Join(r.dir, judgedFile)
+	one, two := intentions.NewPolicy(intentions.Config{Destination: "one"}), intentions.NewPolicy(intentions.Config{Destination: "two"})
+	require.NoError(t, os.WriteFile(file, []byte(one.Digest()), 0o600))
+	r.Outdated(one)
+	require.FileExists(t, file)
+	require.True(t, r.pending.Load())
+	r.Outdated(two)
+	require.NoFileExists(t, file)
+	r.Outdated(two)
 }

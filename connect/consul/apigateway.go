@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -22,11 +23,11 @@ func newAPIGateway(c *Client, registration string) kind {
 }
 
 // boundGateway is what Consul has bound to the listeners of a gateway (bound-api-gateway).
-type boundGateway struct {
-	Listeners []struct {
-		Name                 string
-		Routes, Certificates []api.ResourceReference
-	}
+type boundGateway struct{ Listeners []boundListener }
+
+type boundListener struct {
+	Name                 string
+	Routes, Certificates []api.ResourceReference
 }
 
 // Watches for the entries that a gateway is made of.
@@ -115,12 +116,7 @@ func (k *apiGateway) listeners(st *state) (out []*apiListener) {
 		if conflicted(&list[0], l.Name) || !port(l.Port) {
 			continue
 		}
-		at := slices.IndexFunc(bound[0].Listeners, func(b struct {
-			Name                 string
-			Routes, Certificates []api.ResourceReference
-		}) bool {
-			return b.Name == l.Name
-		})
+		at := slices.IndexFunc(bound[0].Listeners, func(b boundListener) bool { return b.Name == l.Name })
 		if at < 0 {
 			continue
 		}
@@ -176,7 +172,7 @@ func (k *apiGateway) sites(st *state, l *api.APIGatewayListener, refs []api.Reso
 	}
 	for i := range out {
 		slices.SortStableFunc(out[i].rules, func(a, b apiRule) int {
-			return cmpChain(len(b.match.Path.Value)-len(a.match.Path.Value), len(b.match.Headers)-len(a.match.Headers), len(b.match.Query)-len(a.match.Query))
+			return cmp.Or(len(b.match.Path.Value)-len(a.match.Path.Value), len(b.match.Headers)-len(a.match.Headers), len(b.match.Query)-len(a.match.Query))
 		})
 	}
 	slices.SortFunc(out, func(a, b apiSite) int { return strings.Compare(a.host, b.host) })
@@ -275,7 +271,7 @@ func (k *apiGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	for _, l := range k.listeners(st) {
 		k.listen(st, e, l)
 	}
-	return k.end(e)
+	return k.done(e)
 }
 
 // unbound names what serves nothing: listeners in conflict, and routes that Consul has not bound.

@@ -18,7 +18,7 @@ import (
 // serviceNames are the names of all services of a datacenter that may be of the mesh, sorted.
 type serviceNames []string
 
-// services is asked for the names of all services; the answer is serviceNames. A sidecar that
+// services returns the watch for the names of all services; its answers are serviceNames. A sidecar that
 // registered itself may be all that the catalog has of its service, which it names.
 func (c *Client) services() watch {
 	return watch{key: "services", name: "services", fetch: func(ctx context.Context, cur *cursor) (any, error) {
@@ -41,7 +41,7 @@ func (c *Client) services() watch {
 // resolvers are the service-resolver entries, by service.
 type resolvers map[string]*api.ServiceResolverConfigEntry
 
-// resolvers is asked for all entries; the answer is resolvers.
+// resolvers returns the watch for all entries; its answers are resolvers.
 func (c *Client) resolvers() watch {
 	return watch{key: "resolvers", name: "service-resolver", fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		list, meta, err := c.api.ConfigEntries().List(api.ServiceResolver, cur.options(ctx))
@@ -66,7 +66,7 @@ type server struct {
 	replica   bool
 }
 
-// servers is asked for Consul's own servers; the answer is []server, sorted.
+// servers returns the watch for Consul's own servers; its answers are []server, sorted.
 func (c *Client) servers() watch {
 	return watch{key: "servers", name: "servers", shapes: never, fetch: func(ctx context.Context, cur *cursor) (any, error) {
 		list, meta, err := c.api.Health().Service("consul", "", false, cur.options(ctx))

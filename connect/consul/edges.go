@@ -1,8 +1,10 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -20,34 +22,26 @@ import (
 // edge is what gateways at the edge of the mesh have in common: they let clients in that are not of
 // the mesh, as their entries say.
 type edge struct {
-	client       *Client
-	registration string // the watch's key
-
-	turn    uint64 // of the registration from which the fields below were decoded
-	service *api.AgentService
-	binds   []gatewayBind
-	seen    seen
-	sds     string // directory with certificates
-	notices connect.Notices
-
+	gateway
+	sds      string               // directory with certificates, in the place of a server of secrets
 	services map[string]*upstream // by listener and name
-	nouns    *nouns
 }
 
 func newEdge(c *Client, registration string) edge {
-	return edge{client: c, registration: registration, services: map[string]*upstream{}, nouns: &nouns{}}
+	return edge{gateway: newGateway(c, registration), services: map[string]*upstream{}}
 }
 
+// sdsKey is a key of ours.
+const sdsKey = "sds_certificate_dir"
+
 func (k *edge) decode(st *state) {
-	turn := st.turnOf(k.registration)
-	if k.turn == turn {
+	if !k.gateway.decode(st) {
 		return
 	}
-	k.turn = turn
-	k.service, _ = heard[*api.AgentService](st, k.registration)
-	k.notices = nil
-	k.binds, k.seen, k.sds = edgeBinds(k.service, &k.notices)
-	k.services = map[string]*upstream{}
+	k.services, k.sds = map[string]*upstream{}, ""
+	if p := k.service.Proxy; p != nil {
+		k.sds, _ = p.Config[sdsKey].(string)
+	}
 }
 
 // always are the watches of every gateway at the edge.
@@ -79,33 +73,27 @@ func (k *edge) begin(st *state, kind string) *edgeSnap {
 	peers := all.trusted(roots.TrustDomain, &e.notices)
 	e.normalize, _ = mesh.decode(&e.notices)
 	_, outgoing := mesh.tls(&e.notices)
-	e.Snapshot = &connect.Snapshot{
-		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: kind, Namespace: k.service.Namespace, Partition: k.service.Partition,
-			Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain},
-		Outgoing: outgoing, Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers), Peers: all.shown(),
-	}
+	e.Snapshot = &connect.Snapshot{Proxy: k.proxy(kind, roots.TrustDomain), Outgoing: outgoing,
+		Leaves: map[connect.LeafName]*certs.Leaf{connect.OwnLeaf: leaf}, Bundles: bundles(roots, peers), Peers: all.shown()}
 	return e
 }
 
-// end completes a snapshot.
-func (k *edge) end(e *edgeSnap) (snap *connect.Snapshot, slow bool) {
-	k.nouns = e.to
-	e.Notices = e.notices.Sorted()
-	k.seen.into(e.Snapshot)
-	e.to.into(e.Snapshot)
+// done completes a snapshot.
+func (k *edge) done(e *edgeSnap) (snap *connect.Snapshot, slow bool) {
+	k.end(e.Snapshot, e.to, e.notices)
 	return e.Snapshot, e.slow
 }
 
 // upstream is a service behind a listener: the one of before, if it is declared alike.
 func (k *edge) upstream(d *declared, old map[string]*upstream) *upstream {
 	d.group = connect.GroupName(d.name)
-	d.dc = k.service.Datacenter
+	d.dc = k.own()
 	if p := k.service.Proxy; p != nil {
 		d.gateway = p.MeshGateway.Mode
 	}
 	x := old[d.name]
 	if x == nil || !reflect.DeepEqual(x.declared, d) {
-		x = newUpstream(k.client, d, k.service.Datacenter)
+		x = newUpstream(k.client, d, k.own())
 	}
 	k.services[d.name] = x
 	return x
@@ -166,30 +154,33 @@ func entries[T any](c *Client, kind, name string) watch {
 	}}
 }
 
+// boundService is a service of a gateway at the edge, or one that is linked to a terminating gateway. The
+// library's type leaves AutoHostRewrite out.
+type boundService struct {
+	Service                        struct{ Name string }
+	Port                           int
+	Hosts                          []string
+	CAFile, CertFile, KeyFile, SNI string
+	ServiceKind                    string
+	AutoHostRewrite                bool
+}
+
 // gatewayServices returns the watch for the services of a gateway, wildcards resolved; its answers are
-// []*api.GatewayService, sorted by port and name.
+// []boundService, sorted by port and name.
 func (c *Client) gatewayServices(name string) watch {
 	return watch{key: "gateway services\x00" + name, name: "services of the gateway", fetch: func(ctx context.Context, cur *cursor) (any, error) {
-		list, meta, err := c.api.Catalog().GatewayServices(name, cur.options(ctx))
+		var list []boundService
+		meta, err := c.api.Raw().Query("/v1/catalog/gateway-services/"+name, &list, cur.options(ctx))
 		if err != nil {
 			return nil, err
 		}
 		cur.advance(meta)
-		list = slices.DeleteFunc(list, func(s *api.GatewayService) bool { return certs.ServiceName(s.Service.Name) != nil })
-		slices.SortFunc(list, func(a, b *api.GatewayService) int {
-			return cmpChain(a.Port-b.Port, strings.Compare(a.Service.Name, b.Service.Name))
+		list = slices.DeleteFunc(list, func(s boundService) bool { return certs.ServiceName(s.Service.Name) != nil })
+		slices.SortFunc(list, func(a, b boundService) int {
+			return cmp.Or(a.Port-b.Port, strings.Compare(a.Service.Name, b.Service.Name))
 		})
 		return list, nil
 	}}
-}
-
-func cmpChain(list ...int) int {
-	for _, n := range list {
-		if n != 0 {
-			return n
-		}
-	}
-	return 0
 }
 
 // pemEvery is how often a file with a certificate is looked at.
@@ -225,41 +216,27 @@ func (e fileError) Unwrap() error { return e.error }
 
 // pair reads a certificate and a key, which may be in one text.
 func pair(chain, key string) (*certs.Leaf, error) {
-	only := func(text string, want bool) string {
-		var out strings.Builder
-		for _, block := range pemBlocks(text) {
-			if strings.Contains(block, "PRIVATE KEY-----") == want && !strings.Contains(block, "PARAMETERS-----") {
-				out.WriteString(block)
-			}
-		}
-		return out.String()
-	}
-	leaf, err := certs.ParsePair(only(chain, false), only(key, true))
+	leaf, err := certs.ParsePair(blocks(chain, "CERTIFICATE"), blocks(key, "PRIVATE KEY"))
 	if err != nil {
 		return nil, err
 	}
-	if now := time.Now(); now.After(leaf.NotAfter) {
+	if time.Now().After(leaf.NotAfter) {
 		return nil, fmt.Errorf("the certificate ended %s", leaf.NotAfter.UTC().Format(time.DateTime))
 	}
 	return leaf, nil
 }
 
-// pemBlocks splits a text into its PEM blocks.
-func pemBlocks(text string) (out []string) {
-	for {
-		i := strings.Index(text, "-----BEGIN ")
-		if i < 0 {
-			return out
+// blocks are the PEM blocks of a text whose type ends so.
+func blocks(text, kind string) string {
+	var out []byte
+	for rest := []byte(text); ; {
+		var one *pem.Block
+		if one, rest = pem.Decode(rest); one == nil {
+			return string(out)
 		}
-		end := strings.Index(text[i:], "-----END ")
-		if end < 0 {
-			return out
+		if strings.HasSuffix(one.Type, kind) {
+			out = append(out, pem.EncodeToMemory(&pem.Block{Type: one.Type, Bytes: one.Bytes})...)
 		}
-		last := strings.IndexByte(text[i+end:], '\n')
-		if last < 0 {
-			return append(out, text[i:]+"\n")
-		}
-		out, text = append(out, text[i:i+end+last+1]), text[i+end+last:]
 	}
 }
 

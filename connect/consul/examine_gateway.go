@@ -38,10 +38,10 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 	roots, _ := ask("roots", c.roots()).(*certs.Roots)
 	switch s.Kind {
 	case api.ServiceKindTerminatingGateway:
-		c.examineTerminating(ctx, s, say, ask)
+		c.examineTerminating(s, say, ask)
 		return listens
 	case api.ServiceKindIngressGateway:
-		c.examineIngress(ctx, s, say, ask)
+		c.examineIngress(s, say, ask)
 		return listens
 	case api.ServiceKindAPIGateway:
 		c.examineAPI(s, say, ask)
@@ -87,7 +87,7 @@ func (c *Client) examineGateway(ctx context.Context, s *api.AgentService, say sa
 }
 
 // examineIngress looks at what an ingress gateway is to serve.
-func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sayer, ask func(what string, w watch) any) {
+func (c *Client) examineIngress(s *api.AgentService, say sayer, ask func(what string, w watch) any) {
 	if leaf, ok := ask("leaf", c.leaf(s.Service)).(*certs.Leaf); ok {
 		say("leaf", OK, "of "+leaf.ID.String(), "")
 	}
@@ -99,7 +99,7 @@ func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sa
 	default:
 		say("ingress-gateway", OK, fmt.Sprintf("%d listeners", len(list[0].Listeners)), "")
 	}
-	bound, ok := ask("services", c.gatewayServices(s.Service)).([]*api.GatewayService)
+	bound, ok := ask("services", c.gatewayServices(s.Service)).([]boundService)
 	if ok && len(bound) == 0 && len(list) > 0 {
 		say("services", Warn, "none is bound to a listener", "do they exist, with the protocol of the listener?")
 	} else if ok {
@@ -108,8 +108,8 @@ func (c *Client) examineIngress(ctx context.Context, s *api.AgentService, say sa
 }
 
 // examineTerminating looks at what a terminating gateway is to serve.
-func (c *Client) examineTerminating(_ context.Context, s *api.AgentService, say sayer, ask func(what string, w watch) any) {
-	list, ok := ask("services", c.links(s.Service)).([]linked)
+func (c *Client) examineTerminating(s *api.AgentService, say sayer, ask func(what string, w watch) any) {
+	list, ok := ask("services", c.gatewayServices(s.Service)).([]boundService)
 	if ok && len(list) == 0 {
 		say("services", Warn, "none is linked to "+s.Service, "write a terminating-gateway entry of this name: nobody is served before")
 	}
@@ -129,7 +129,7 @@ func (c *Client) examineAPI(s *api.AgentService, say sayer, ask func(what string
 	if leaf, ok := ask("leaf", c.leaf(s.Service)).(*certs.Leaf); ok {
 		say("leaf", OK, "of "+leaf.ID.String(), "")
 	}
-	k := &apiGateway{edge{client: c, service: s}}
+	k := &apiGateway{edge{gateway: gateway{client: c, service: s}}}
 	list, ok := ask("api-gateway", k.entry()).([]api.APIGatewayConfigEntry)
 	switch {
 	case !ok:

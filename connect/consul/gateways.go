@@ -15,7 +15,7 @@ type gateways map[string]gatewayAddresses
 // those of other datacenters.
 type gatewayAddresses struct{ lan, wan []connect.Endpoint }
 
-// meshGateways is asked for the mesh gateways of all datacenters; the answer is gateways.
+// meshGateways returns the watch for the mesh gateways of all datacenters; its answers are gateways.
 // Every datacenter knows them all, also while another one cannot be reached.
 func (c *Client) meshGateways() watch {
 	return watch{key: "mesh gateways", name: "mesh gateways", fetch: func(ctx context.Context, cur *cursor) (any, error) {

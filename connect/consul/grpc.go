@@ -87,12 +87,8 @@ type grpcError struct {
 
 func (e grpcError) Error() string { return fmt.Sprintf("gRPC status %d: %s", e.code, e.text) }
 
-// Codes of gRPC (grpc/codes).
-const (
-	grpcDenied        = 7
-	grpcUnimplemented = 12
-	grpcUnknownToken  = 16
-)
+// grpcDenied is the code of a question that the token may not ask (grpc/codes).
+const grpcDenied = 7
 
 // maxMessage bounds an answer.
 const maxMessage = 1 << 20

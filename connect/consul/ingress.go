@@ -22,21 +22,6 @@ func newIngressGateway(c *Client, registration string) kind {
 	return &ingressGateway{newEdge(c, registration)}
 }
 
-// edgeBinds are the addresses of a gateway at the edge, whose ports its entry names, and the directory
-// of certificates that takes the place of a server of secrets.
-func edgeBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind, t seen, sds string) {
-	own := *s
-	own.Port = cmp.Or(own.Port, 1) // of no use here
-	if s.Proxy != nil {
-		sds, _ = s.Proxy.Config[sdsKey].(string)
-	}
-	out, t = gatewayBinds(&own, n)
-	return out, t, sds
-}
-
-// sdsKey is a key of ours.
-const sdsKey = "sds_certificate_dir"
-
 func (k *ingressGateway) entry() watch {
 	return entries[api.IngressGatewayConfigEntry](k.client, api.IngressGateway, k.service.Service)
 }
@@ -70,7 +55,7 @@ func (k *ingressGateway) wants(st *state) []watch {
 // signed is the watch for the leaf that is shown to clients: the gateway's own, with the names of its
 // hosts.
 func (k *ingressGateway) signed(st *state, roots *certs.Roots) watch {
-	dc := k.service.Datacenter
+	dc := k.own()
 	names := []string{"*.ingress." + serverDomain, "*.ingress." + dc + "." + serverDomain}
 	if e := k.listed(st); e != nil {
 		for _, l := range e.Listeners {
@@ -108,7 +93,7 @@ type ingressService struct {
 // listeners are those of the entry, with the services that Consul binds to them.
 func (k *ingressGateway) listeners(st *state) (out []*ingressListener) {
 	e := k.listed(st)
-	bound, _ := heard[[]*api.GatewayService](st, k.client.gatewayServices(k.service.Service).key)
+	bound, _ := heard[[]boundService](st, k.client.gatewayServices(k.service.Service).key)
 	if e == nil {
 		return nil
 	}
@@ -122,7 +107,8 @@ func (k *ingressGateway) listeners(st *state) (out []*ingressListener) {
 		}
 		one := &ingressListener{port: l.Port, protocol: protocol}
 		k.tls(e, l, one)
-		for _, s := range bound {
+		for j := range bound {
+			s := &bound[j]
 			if s.Port != l.Port {
 				continue
 			}
@@ -141,7 +127,7 @@ func (k *ingressGateway) listeners(st *state) (out []*ingressListener) {
 }
 
 // bound is one service at a listener.
-func (k *ingressGateway) bound(e *api.IngressGatewayConfigEntry, w *api.IngressService, s *api.GatewayService, l *ingressListener, old map[string]*upstream) ingressService {
+func (k *ingressGateway) bound(e *api.IngressGatewayConfigEntry, w *api.IngressService, s *boundService, l *ingressListener, old map[string]*upstream) ingressService {
 	x := k.upstream(&declared{name: fmt.Sprintf("%d.%s", l.port, connect.SafeName(s.Service.Name)), service: s.Service.Name, protocol: l.protocol,
 		where: fmt.Sprintf("ingress listener %d, service %s", l.port, s.Service.Name), limits: ingressLimits(w, e.Defaults), passive: ingressHealth(w, e.Defaults)}, old)
 	out := ingressService{x: x, entry: *w}
@@ -247,7 +233,7 @@ func (k *ingressGateway) assemble(st *state) (snap *connect.Snapshot, slow bool)
 	for _, l := range k.listeners(st) {
 		k.listen(st, e, l)
 	}
-	return k.end(e)
+	return k.done(e)
 }
 
 // listen adds the nouns of a listener.

@@ -20,41 +20,19 @@ import (
 // they ask for: to services of its own datacenter, and to gateways of other datacenters and
 // of peers. It ends no TLS of theirs.
 type meshGateway struct {
-	client       *Client
-	registration string // the watch's key
-
-	turn    uint64 // of the registration that follows
-	service *api.AgentService
-	binds   []gatewayBind
-	seen    seen
-	notices connect.Notices
-
+	gateway
 	exported map[string]*upstream // by service
 	leaf     *certs.Leaf          // of the last roots that a leaf was signed under
 	policy   *intentions.Policy
 	policyOf intentions.Config
-	nouns    *nouns
 }
 
 func newMeshGateway(c *Client, registration string) kind {
-	return &meshGateway{client: c, registration: registration, exported: map[string]*upstream{}, nouns: &nouns{}}
+	return &meshGateway{gateway: newGateway(c, registration), exported: map[string]*upstream{}}
 }
 
 // federates reports whether servers of other datacenters are reached through this gateway.
 func (k *meshGateway) federates() bool { return k.service.Meta["consul-wan-federation"] == "1" }
-
-func (k *meshGateway) decode(st *state) {
-	turn := st.turnOf(k.registration)
-	if k.turn == turn {
-		return
-	}
-	k.turn = turn
-	k.service, _ = heard[*api.AgentService](st, k.registration)
-	k.notices = nil
-	k.binds, k.seen = gatewayBinds(k.service, &k.notices)
-}
-
-func (k *meshGateway) own() string { return k.service.Datacenter }
 
 func (k *meshGateway) wants(st *state) []watch {
 	k.decode(st)
@@ -169,21 +147,12 @@ func (k *meshGateway) assemble(st *state) (snap *connect.Snapshot, slow bool) {
 	all, _ := heard[peerings](st, c.peerings().key)
 	peers := all.trusted(roots.TrustDomain, &notices)
 	slow = k.peers(st, r, roots, peers) || slow
-	slices.SortFunc(r.branches, func(a, b connect.Branch) int { return strings.Compare(a.Match.SNI, b.Match.SNI) })
-	for _, b := range k.binds {
-		r.to.listener(&connect.Listener{Name: b.name, Role: connect.Relay, Bind: b.bind, Idle: relayIdle, Branches: r.branches})
-	}
-	k.nouns = r.to
-	snap = &connect.Snapshot{
-		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "mesh gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
-			Datacenter: k.own(), TrustDomain: roots.TrustDomain},
-		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, peers), Notices: notices.Sorted(), Peers: all.shown(),
-	}
+	k.relays(r)
+	snap = &connect.Snapshot{Proxy: k.proxy("mesh gateway", roots.TrustDomain), Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, peers), Peers: all.shown()}
 	if k.leaf != nil {
 		snap.Leaves[connect.OwnLeaf] = k.leaf
 	}
-	k.seen.into(snap)
-	r.to.into(snap)
+	k.end(snap, r.to, notices)
 	return snap, slow
 }
 
@@ -342,7 +311,7 @@ func (k *meshGateway) ends(st *state, to *nouns, x *upstream, roots *certs.Roots
 	in := x.made.listener
 	to.listener(&connect.Listener{Name: in.Name, Role: connect.Exported, Origin: "exported-services", Bind: connect.Bind{Inner: true}, Idle: in.Idle, Branches: []connect.Branch{{
 		Protocol: in.Protocol(), Chain: in.Branches[0].Chain,
-		Guard: &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, Outside: true, Policy: k.lets(roots.TrustDomain, peers), Peers: callersOf(peers, roots.TrustDomain),
+		Guard: &connect.Guard{Leaf: connect.OwnLeaf, Callers: connect.OwnBundle, Foreign: true, Policy: k.lets(roots.TrustDomain, peers), Peers: callersOf(peers, roots.TrustDomain),
 			Normalize: connect.Normalize{KeepPath: true}}}}})
 	return heard
 }
@@ -408,7 +377,7 @@ func gatewayBinds(s *api.AgentService, n *connect.Notices) (out []gatewayBind, t
 	k := newKeys("proxy", config, n)
 	add := func(name, address string, p int) {
 		b := connect.Bind{Address: ipAddress("proxy", name, address, "0.0.0.0", n), Port: p}
-		if !port(p) {
+		if !port(p) && s.Kind != api.ServiceKindIngressGateway && s.Kind != api.ServiceKindAPIGateway { // entries name the ports of these
 			n.Add("proxy", name, fmt.Sprint(p), "want a port from 1 to 65535; it is not listened on")
 			return
 		}

@@ -24,7 +24,7 @@ type peerMeta struct {
 	Protocol string
 }
 
-// peered is asked for a service of a peer. The answer is instances: one endpoint for each
+// peered returns the watch for a service of a peer; its answers are instances: one endpoint for each
 // gateway of the peer, as Consul shows no more of it.
 func (c *Client) peered(d destination) watch {
 	return watch{key: "peered\x00" + d.service + "\x00" + d.peer, name: "endpoints of " + d.said(), void: noInstances,

@@ -75,7 +75,6 @@ type instances struct {
 	ids       []certs.SPIFFEID   // without trust domain if it is ours: the roots may arrive later than this; sorted
 	endpoints []connect.Endpoint // perhaps with host names in place of addresses
 	hosts     bool               // some endpoints have host names
-	behind    bool               // a terminating gateway answers for the service
 	sni       string             // by which a gateway knows it
 	protocol  connect.Protocol   // of a peer's service, as the peer says
 }
@@ -111,8 +110,8 @@ func (c *Client) endpoints(d destination) watch {
 			}
 			cur.advance(meta)
 			cur.pause = time.Duration(len(list)) * pauseEach
-			out := instances{dc: d.dc, ids: d.ids(), behind: slices.ContainsFunc(list, terminating)}
-			if out.behind {
+			out := instances{dc: d.dc, ids: d.ids()}
+			if slices.ContainsFunc(list, terminating) {
 				out.sni = d.sni
 			}
 			return out.found(endpoints(list, d.other, d.onlyPassing)), nil

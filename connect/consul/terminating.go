@@ -11,9 +11,6 @@ import (
 	"os"
 	"reflect"
 	"slices"
-	"strings"
-
-	"github.com/hashicorp/consul/api"
 
 	"github.com/haproxy-connect/haproxy-connect/certs"
 	"github.com/haproxy-connect/haproxy-connect/connect"
@@ -23,46 +20,13 @@ import (
 // terminatingGateway is the kind of proxy by which services outside the mesh are members of it: it has
 // the leaf and the intentions of each, and calls them as its entry says.
 type terminatingGateway struct {
-	client       *Client
-	registration string // the watch's key
-
-	turn    uint64 // of the registration from which the fields below were decoded
-	service *api.AgentService
-	binds   []gatewayBind
-	seen    seen
-	notices connect.Notices
-
+	gateway
 	policies map[string]*intentions.Policy // by service
 	several  *intentions.Policy
-	nouns    *nouns
 }
 
 func newTerminatingGateway(c *Client, registration string) kind {
-	return &terminatingGateway{client: c, registration: registration, policies: map[string]*intentions.Policy{}, nouns: &nouns{}}
-}
-
-// linked is a service that an entry links to a gateway; the library's type leaves AutoHostRewrite out.
-type linked struct {
-	Service                        struct{ Name string }
-	CAFile, CertFile, KeyFile, SNI string
-	ServiceKind                    string
-	AutoHostRewrite                bool
-}
-
-// links returns the watch for the services of a terminating gateway, wildcards resolved; its answers are
-// []linked, sorted by name.
-func (c *Client) links(gateway string) watch {
-	return watch{key: "links\x00" + gateway, name: "services of the gateway", fetch: func(ctx context.Context, cur *cursor) (any, error) {
-		var list []linked
-		meta, err := c.api.Raw().Query("/v1/catalog/gateway-services/"+gateway, &list, cur.options(ctx))
-		if err != nil {
-			return nil, err
-		}
-		cur.advance(meta)
-		list = slices.DeleteFunc(list, func(s linked) bool { return certs.ServiceName(s.Service.Name) != nil })
-		slices.SortFunc(list, func(a, b linked) int { return strings.Compare(a.Service.Name, b.Service.Name) })
-		return list, nil
-	}}
+	return &terminatingGateway{gateway: newGateway(c, registration), policies: map[string]*intentions.Policy{}}
 }
 
 // outside returns the watch for the instances of a service outside the mesh; its answers are instances.
@@ -96,27 +60,16 @@ func rootsFile(path string) watch {
 		}}
 }
 
-func (k *terminatingGateway) decode(st *state) {
-	turn := st.turnOf(k.registration)
-	if k.turn == turn {
-		return
-	}
-	k.turn = turn
-	k.service, _ = heard[*api.AgentService](st, k.registration)
-	k.notices = nil
-	k.binds, k.seen = gatewayBinds(k.service, &k.notices)
-}
-
 // protocol is asked for by the chain, which knows every default.
 func (k *terminatingGateway) protocol(service string) watch {
-	return k.client.chain(&declared{service: service, dc: k.service.Datacenter})
+	return k.client.chain(&declared{service: service, dc: k.own()})
 }
 
 func (k *terminatingGateway) wants(st *state) []watch {
 	k.decode(st)
 	c := k.client
-	out := []watch{c.roots(), c.mesh(), c.resolvers(), c.links(k.service.Service)}
-	list, _ := heard[[]linked](st, c.links(k.service.Service).key)
+	out := []watch{c.roots(), c.mesh(), c.resolvers(), c.gatewayServices(k.service.Service)}
+	list, _ := heard[[]boundService](st, c.gatewayServices(k.service.Service).key)
 	for i := range list {
 		s := &list[i]
 		name := s.Service.Name
@@ -140,7 +93,7 @@ func (k *terminatingGateway) wants(st *state) []watch {
 // subsets are a service as a whole and its subsets. The default subset answers for the whole.
 func (k *terminatingGateway) subsets(st *state, service string) (out []destination) {
 	entries, _ := heard[resolvers](st, k.client.resolvers().key)
-	whole := destination{service: service, dc: k.service.Datacenter}
+	whole := destination{service: service, dc: k.own()}
 	r := entries[service]
 	if r == nil {
 		return []destination{whole}
@@ -151,7 +104,7 @@ func (k *terminatingGateway) subsets(st *state, service string) (out []destinati
 	out = append(out, whole)
 	for _, subset := range slices.Sorted(maps.Keys(r.Subsets)) {
 		def := r.Subsets[subset]
-		out = append(out, destination{service: service, dc: k.service.Datacenter, subset: subset, filter: def.Filter, onlyPassing: def.OnlyPassing})
+		out = append(out, destination{service: service, dc: k.own(), subset: subset, filter: def.Filter, onlyPassing: def.OnlyPassing})
 	}
 	return out
 }
@@ -160,7 +113,7 @@ func (k *terminatingGateway) assemble(st *state) (snap *connect.Snapshot, slow b
 	k.decode(st)
 	c := k.client
 	roots, haveRoots := heard[*certs.Roots](st, c.roots().key)
-	list, haveLinks := heard[[]linked](st, c.links(k.service.Service).key)
+	list, haveLinks := heard[[]boundService](st, c.gatewayServices(k.service.Service).key)
 	if !haveRoots || !haveLinks {
 		return nil, true
 	}
@@ -169,13 +122,10 @@ func (k *terminatingGateway) assemble(st *state) (snap *connect.Snapshot, slow b
 	slow = !haveMesh
 	normalize, _ := mesh.decode(&notices)
 	incoming, _ := mesh.tls(&notices)
-	snap = &connect.Snapshot{
-		Proxy: connect.Proxy{ID: k.service.ID, Service: k.service.Service, Kind: "terminating gateway", Namespace: k.service.Namespace, Partition: k.service.Partition,
-			Datacenter: k.service.Datacenter, TrustDomain: roots.TrustDomain},
-		Incoming: incoming, Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: map[connect.BundleName]*certs.Roots{connect.OwnBundle: roots},
-	}
+	snap = &connect.Snapshot{Proxy: k.proxy("terminating gateway", roots.TrustDomain), Incoming: incoming,
+		Leaves: map[connect.LeafName]*certs.Leaf{}, Bundles: bundles(roots, nil)}
 	r := &relay{to: k.nouns.next(), taken: map[string]bool{}, notices: &notices}
-	served := map[string]*linked{}
+	served := map[string]*boundService{}
 	names := map[string]string{}
 	for i := range list {
 		s := &list[i]
@@ -184,7 +134,7 @@ func (k *terminatingGateway) assemble(st *state) (snap *connect.Snapshot, slow b
 			continue
 		}
 		served[s.Service.Name] = s
-		own := id(s.Service.Name, k.service.Datacenter)
+		own := id(s.Service.Name, k.own())
 		own.TrustDomain = roots.TrustDomain
 		for _, d := range k.subsets(st, s.Service.Name) {
 			names[own.SNI(d.subset)] = s.Service.Name
@@ -196,20 +146,14 @@ func (k *terminatingGateway) assemble(st *state) (snap *connect.Snapshot, slow b
 			k.serve(st, r, snap, served[name], d, policy, normalize)
 		}
 	}
-	slices.SortFunc(r.branches, func(a, b connect.Branch) int { return strings.Compare(a.Match.SNI, b.Match.SNI) })
-	for _, b := range k.binds {
-		r.to.listener(&connect.Listener{Name: b.name, Role: connect.Relay, Bind: b.bind, Idle: relayIdle, Branches: r.branches})
-	}
-	k.nouns = r.to
-	k.seen.into(snap)
-	snap.Notices = notices.Sorted()
-	r.to.into(snap)
+	k.relays(r)
+	k.end(snap, r.to, notices)
 	return snap, slow
 }
 
 // known reports whether everything is known without which a service must not be served, and keeps its
 // policy.
-func (k *terminatingGateway) known(st *state, s *linked, roots *certs.Roots, n *connect.Notices) bool {
+func (k *terminatingGateway) known(st *state, s *boundService, roots *certs.Roots, n *connect.Notices) bool {
 	c, name := k.client, s.Service.Name
 	where := "linked service " + name
 	if s.ServiceKind == "destination" {
@@ -225,7 +169,7 @@ func (k *terminatingGateway) known(st *state, s *linked, roots *certs.Roots, n *
 		return false
 	}
 	protocol, _ := connect.ParseProtocol(says.Protocol)
-	own := id(name, k.service.Datacenter)
+	own := id(name, k.own())
 	own.TrustDomain = roots.TrustDomain
 	conf := intentions.Config{Destination: name, TrustDomain: roots.TrustDomain, ServerName: own.SNI(""), Community: k.service.Namespace == "" && k.service.Partition == "",
 		HTTP: protocol.IsHTTP(), DefaultAllow: allow, Intentions: list}
@@ -251,7 +195,7 @@ func (k *terminatingGateway) decides(names map[string]string) *intentions.Policy
 }
 
 // serve adds the nouns of a service or one of its subsets.
-func (k *terminatingGateway) serve(st *state, r *relay, snap *connect.Snapshot, s *linked, d destination, policy *intentions.Policy, normalize connect.Normalize) {
+func (k *terminatingGateway) serve(st *state, r *relay, snap *connect.Snapshot, s *boundService, d destination, policy *intentions.Policy, normalize connect.Normalize) {
 	c, name := k.client, s.Service.Name
 	if k.policies[name] == nil {
 		return
@@ -283,7 +227,7 @@ func (k *terminatingGateway) serve(st *state, r *relay, snap *connect.Snapshot, 
 }
 
 // server is how a linked service is verified; ok is false while it cannot be called.
-func (k *terminatingGateway) server(st *state, s *linked, snap *connect.Snapshot, where string, n *connect.Notices) (out *connect.Server, ok bool) {
+func (k *terminatingGateway) server(st *state, s *boundService, snap *connect.Snapshot, where string, n *connect.Notices) (out *connect.Server, ok bool) {
 	if s.CAFile == "" {
 		return nil, true // as with Consul's own proxies: no TLS
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
@@ -53,8 +54,8 @@ func (f *file) sound(l *connect.Listener) *connect.Chain {
 		n := newNaming(section(Frontend, "trial"))
 		one := &connect.Chain{Routes: []connect.Route{*r}}
 		n.headers(one)
-		n.route(one, 0)
-		n.changes(one, 0)
+		n.route(r, 0, "trial")
+		n.changes(r, 0, "trial")
 		for _, h := range r.Hosts {
 			n.b.check("host", strings.Trim(h, "*")+"x")
 		}
@@ -171,26 +172,25 @@ func (f *file) hosts(b *builder, c *connect.Chain) (out []liveEntry) {
 	return out
 }
 
-// siteRoutes says whether a site has conditions of its own: if not, its name is that of its route.
-func siteRoutes(c *connect.Chain, site string) (n int, plain bool) {
+// routeKeys are the names of a chain's routes: their numbers, or of a site's the site and the number
+// there. The site itself is the name of its only route, if that takes everything.
+func routeKeys(c *connect.Chain) []string {
+	routes := map[string]int{}
 	for i := range c.Routes {
-		if r := &c.Routes[i]; r.Site == site {
-			n++
-			plain = r.Match.Everything()
+		routes[c.Routes[i].Site]++
+	}
+	out, at := make([]string, len(c.Routes)), map[string]int{}
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		at[r.Site]++
+		switch {
+		case r.Site == "":
+			out[i] = strconv.Itoa(i + 1)
+		case routes[r.Site] == 1 && r.Match.Everything():
+			out[i] = r.Site
+		default:
+			out[i] = fmt.Sprintf("%s:%d", r.Site, at[r.Site])
 		}
 	}
-	return n, plain && n == 1
-}
-
-// routeKey is the name of a route: its number, or of a site's its site and number there.
-func routeKey(c *connect.Chain, i int) string {
-	r := &c.Routes[i]
-	if r.Site == "" {
-		return fmt.Sprint(i + 1)
-	}
-	if _, plain := siteRoutes(c, r.Site); plain {
-		return r.Site
-	}
-	first := slices.IndexFunc(c.Routes, func(o connect.Route) bool { return o.Site == r.Site })
-	return fmt.Sprintf("%s:%d", r.Site, i-first+1)
+	return out
 }

@@ -2,7 +2,6 @@ package render
 
 import (
 	"fmt"
-	"slices"
 
 	"github.com/haproxy-connect/haproxy-connect/connect"
 	"github.com/haproxy-connect/haproxy-connect/intentions/spoe"
@@ -94,17 +93,6 @@ func queued(g *connect.Group, most int) int {
 		return n
 	}
 	return most
-}
-
-// Snippets are the names of the lines in HAProxy's own words that a Config has, sorted.
-func (c *Config) Snippets() (out []connect.SnippetName) {
-	for _, s := range c.Sections {
-		if s.Snippet != "" && !slices.Contains(out, s.Snippet) {
-			out = append(out, s.Snippet)
-		}
-	}
-	slices.Sort(out)
-	return out
 }
 
 // outside is a target that is no part of the mesh: without TLS, or with what its entry demands.

@@ -65,7 +65,7 @@ func (f *file) optional(made *front, to [][]way) (err error) {
 	comment := "clients outside the mesh"
 	if l.Role == connect.Exported {
 		f.Files[SPOEFile] = f.spoe(l)
-		b, comment = f.public(made, to), "services of peers: mutual TLS by the roots of each peer"
+		b, comment = f.public(made, to), "who calls a service that the gateway stands for: mutual TLS"
 	} else {
 		b = f.edge(made, to)
 	}

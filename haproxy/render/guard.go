@@ -252,7 +252,7 @@ func (f *file) judgeRequests(b *builder, l *connect.Listener) {
 		// sends the header in more than one line: then nothing of it is kept.
 		element := fmt.Sprintf("By=%s;%%[var(%s%s)]", own, sess, spoe.VarXFCC)
 		// With an open quote in theirs, ours would become a part of it.
-		if !g.Outside {
+		if !g.Foreign {
 			b.add("http-request set-var(txn.xfcc) req.fhdr(%s) if { req.fhdr_cnt(%s) eq 1 } { req.fhdr(%s) -m reg -- %s }", header, header, header, closedQuotes)
 		}
 		spellings(b, f.ourHeaders())

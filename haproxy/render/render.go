@@ -78,7 +78,7 @@ func (r *Refused) what() string {
 	case connect.Edge:
 		return "listener"
 	case connect.Exported:
-		return "exported service"
+		return "service"
 	}
 	return "upstream"
 }

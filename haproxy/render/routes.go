@@ -133,9 +133,10 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 		f.site(n, c)
 	}
 	n.headers(c)
+	names := routeKeys(c)
 	for i := range c.Routes {
 		b.because(c.Routes[i].Origin)
-		n.route(c, i)
+		n.route(&c.Routes[i], i, names[i])
 	}
 	b.because("")
 	most, depth := 1, 1
@@ -160,11 +161,11 @@ func (f *file) chain(b *builder, made *front, to [][]way) {
 		b.add("http-request set-var(txn.be) var(txn.list),word(%d,|) if !{ var(txn.be),nbsrv -m int gt 0 } { var(txn.list),word(%d,|),nbsrv -m int gt 0 }", i, i)
 	}
 	for i := range c.Routes {
-		n.changes(c, i)
+		n.changes(&c.Routes[i], i, names[i])
 	}
 	b.because("")
 	b.add("%s", "use_backend %[var(txn.be)]")
-	made.live = live(key, c, to)
+	made.live = live(key, names, c, to)
 	if made.listener.Role == connect.Edge {
 		made.live = append(made.live, f.hosts(b, c)...)
 	}
@@ -191,9 +192,9 @@ type liveEntry struct {
 }
 
 // live is the entries of a chain.
-func live(key string, c *connect.Chain, to [][]way) (out []liveEntry) {
+func live(key string, names []string, c *connect.Chain, to [][]way) (out []liveEntry) {
 	for i := range c.Routes {
-		route := key + routeKey(c, i)
+		route := key + names[i]
 		if cuts := cuts(c.Routes[i].Splits); cuts != "" {
 			out = append(out, liveEntry{LegsMap, Entry{route, cuts}})
 		}
@@ -312,18 +313,18 @@ func (n *naming) like(sample, re string) string {
 	return fmt.Sprintf("{ %s -m reg -- %s }", sample, n.quoted(p))
 }
 
-// route writes the rule that sets txn.route to the name of the first route that matches.
-func (n *naming) route(c *connect.Chain, i int) {
-	r := &c.Routes[i]
+// route writes the rule that sets txn.route to the name of the first route that matches: its number, at an
+// edge a text.
+func (n *naming) route(r *connect.Route, i int, name string) {
 	set := fmt.Sprintf("http-request set-var(txn.route) int(%d)", i+1)
 	var when []string
 	switch {
 	case r.Site != "":
-		if routeKey(c, i) == r.Site {
+		if name == r.Site {
 			return // the site itself is its route
 		}
 		// Until a route is found txn.route is the site.
-		set = fmt.Sprintf("http-request set-var(txn.route) str(%s)", routeKey(c, i))
+		set = fmt.Sprintf("http-request set-var(txn.route) str(%s)", name)
 		when = append(when, fmt.Sprintf("{ var(txn.route) -m str %s }", r.Site))
 	case i > 0:
 		when = append(when, "!{ var(txn.route) -m found }")
@@ -442,11 +443,10 @@ func escaped(s string) string {
 // changes writes what a route does to its requests and to their answers: first the header edits
 // of the split, then those of the route, and last the path, as header values may name the
 // original one.
-func (n *naming) changes(c *connect.Chain, i int) {
-	r := &c.Routes[i]
+func (n *naming) changes(r *connect.Route, i int, name string) {
 	when := fmt.Sprintf("{ var(txn.route) -m int %d }", i+1)
 	if r.Site != "" {
-		when = fmt.Sprintf("{ var(txn.route) -m str %s }", routeKey(c, i))
+		when = fmt.Sprintf("{ var(txn.route) -m str %s }", name)
 	}
 	for i := range r.Splits {
 		leg := "!{ var(txn.leg) -m found }"

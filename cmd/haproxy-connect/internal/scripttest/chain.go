@@ -148,12 +148,7 @@ func (w *world) cmdCluster(ts *testscript.TestScript, _ bool, args []string) {
 		w.grpc = map[string]string{"dc1": ts.Getenv("CONSUL_GRPC_ADDR")}
 	}
 	if w.datacenters[args[0]] == "" {
-		var p [6]int
-		for i := range p {
-			var err error
-			p[i], err = freePort()
-			ts.Check(err)
-		}
+		p := freePorts(ts, 6)
 		w.datacenters[args[0]] = w.anotherServer(ts, args[0], fmt.Sprintf("127.0.0.1:%d", p[0]), fmt.Sprintf(`data_dir = %q
 datacenter = %q
 server = true
@@ -216,11 +211,7 @@ func (w *world) secondDatacenter(ts *testscript.TestScript, args ...string) stri
 	if len(args) > 1 {
 		join = args[1]
 	}
-	var p [4]int
-	for i := range p {
-		p[i], err = freePort()
-		ts.Check(err)
-	}
+	p := freePorts(ts, 4)
 	return w.anotherServer(ts, name, fmt.Sprintf("127.0.0.1:%d", p[0]), fmt.Sprintf(`data_dir = %q
 datacenter = %q
 %s

@@ -32,12 +32,7 @@ func (w *world) cmdConsul(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) > 1 {
 		extra = fmt.Sprintf("default_intention_policy = %q\n", args[1])
 	}
-	var p [5]int
-	for i := range p {
-		var err error
-		p[i], err = freePort()
-		ts.Check(err)
-	}
+	p := freePorts(ts, 5)
 	ts.Setenv("EXPOSE", strconv.Itoa(p[4])) // the only port that the agent exposes a check at
 	conf := fmt.Sprintf(`%sdata_dir = %q
 server = true

@@ -295,3 +295,13 @@ func (w *world) cmdPort(ts *testscript.TestScript, _ bool, args []string) {
 func (w *world) file(ts *testscript.TestScript, name string) []byte {
 	return []byte(os.Expand(ts.ReadFile(name), ts.Getenv))
 }
+
+// freePorts are n of them.
+func freePorts(ts *testscript.TestScript, n int) (out []int) {
+	for range n {
+		p, err := freePort()
+		ts.Check(err)
+		out = append(out, p)
+	}
+	return out
+}
